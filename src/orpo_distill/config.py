@@ -1,0 +1,262 @@
+"""Every setting of an experiment, on one page. `load_config` reads it from YAML.
+
+`configs/reference.yaml` shows every key with a comment. Options marked SPEED_ONLY may change cost or rounding, never
+the method; all others are part of the fingerprint of the stages that they reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, Field, PositiveInt, SerializeAsAny, ValidationError, model_validator
+
+from orpo_distill.component import SPEED_ONLY, Component, Options, component_class
+from orpo_distill.errors import ConfigError
+from orpo_distill.mixing import LinearPhi, Phi, PhiUnit
+from orpo_distill.objectives import Objective
+from orpo_distill.samplers import Decoding, Sampler
+from orpo_distill.tasks import Task
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ProblemsSection(Options):
+    """Which problems are trained on and tested on."""
+
+    train: str = "train"
+    validation: str | None = "validation"  # skipped where the task has no such split
+    test: str = "test"
+    limit: PositiveInt | None = None  # train problems; raising it later only adds problems
+    seed: int = 0  # which of them `limit` takes
+
+
+class TeacherSection(Options):
+    """The model to learn from: only its text is used."""
+
+    model: str
+    sampler: SerializeAsAny[Sampler] = Field(default="hf", validate_default=True)  # type: ignore[assignment]
+    decoding: Decoding = Decoding()
+    samples: PositiveInt = 8  # K; raising it later only adds traces
+    prefix: str = ""  # an instruction that only the teacher sees
+
+
+class StudentSection(Options):
+    """The model to train; its own wrong traces are the negatives."""
+
+    model: str
+    sampler: SerializeAsAny[Sampler] = Field(default="hf", validate_default=True)  # type: ignore[assignment]
+    decoding: Decoding = Decoding()
+    samples: PositiveInt = 8
+
+
+class PairsSection(Options):
+    """How verified traces become training rows."""
+
+    phi: Phi | tuple[Phi, ...] | LinearPhi = 0.5  # a number, one value a round, or {start, end}
+    phi_unit: PhiUnit = "problem"
+    on_empty: Literal["initial", "skip"] = "initial"  # when the latest student made no wrong trace
+    negatives_from: Literal["student", "teacher"] = "student"
+    rouge_l_max: Share = 0.8  # drop a trace whose ROUGE-L F1 with a kept one is above this
+    pairing: Literal["cycle", "product", "random"] = "cycle"
+    per_problem: PositiveInt = 8  # most pairs a problem gives in a round
+    max_chosen: PositiveInt | None = None  # chosen traces kept a problem; 1 = single-trace SFT
+    min_response_tokens: PositiveInt = 1  # in the student's tokens
+    max_response_tokens: PositiveInt | None = None
+
+
+class LoraSection(Options):
+    """Low-rank adapters instead of full fine-tuning (needs the extra `lora`)."""
+
+    r: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Share = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class TrainSection(Options):
+    """How the student is trained."""
+
+    learning_rate: float = Field(5e-6, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # over all rounds together
+    warmup_ratio: Share = 0.05  # of all steps of all rounds
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta2: float = Field(0.999, gt=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    pairs_per_step: PositiveInt = 32  # over all processes
+    steps_per_round: PositiveInt | None = None  # default: what round 1's pairs give
+    max_length: PositiveInt = 1024  # tokens of prompt and response together
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    autocast: bool = False  # float32 weights, bfloat16 arithmetic
+    lora: LoraSection | None = None
+    trust_remote_code: bool = False
+    pairs_per_batch: Annotated[PositiveInt, SPEED_ONLY] = 8  # pairs in one forward pass; lower it when memory runs out
+    gradient_checkpointing: Annotated[bool, SPEED_ONLY] = False
+    checkpoint_minutes: Annotated[float, Field(gt=0), SPEED_ONLY] = 10.0
+    logging_steps: Annotated[PositiveInt, SPEED_ONLY] = 10
+    report_to: Annotated[tuple[str, ...], SPEED_ONLY] = ()  # Trainer's trackers: tensorboard, wandb, trackio, ...
+    keep: Annotated[Literal["last", "all"], SPEED_ONLY] = "last"  # optimizer states of finished rounds
+
+
+class EvaluateSection(Options):
+    """How every student is measured: on test, and on validation where the task has it."""
+
+    decoding: Decoding = Decoding(temperature=0.0)
+    limit: PositiveInt | None = None  # test problems
+    validation_limit: PositiveInt | None = None
+    teacher: bool = False  # measure the teacher on test too
+    sft: bool = False  # train and measure an SFT student on the same chosen traces
+
+
+class SampleLaunch(Options):
+    """How sampling is started."""
+
+    processes: Annotated[PositiveInt, SPEED_ONLY] = 1  # shards of the problems, one device each
+
+
+class TrainLaunch(Options):
+    """How training is started."""
+
+    launcher: Annotated[Literal["inline", "accelerate"], SPEED_ONLY] = "inline"
+    processes: Annotated[PositiveInt, SPEED_ONLY] = 1
+
+
+class LaunchSection(Options):
+    """How stages are started. Never changes what they compute."""
+
+    sample: Annotated[SampleLaunch, SPEED_ONLY] = SampleLaunch()
+    train: Annotated[TrainLaunch, SPEED_ONLY] = TrainLaunch()
+
+
+class Config(Options):
+    """One experiment."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 0
+    task: SerializeAsAny[Task]
+    problems: ProblemsSection = ProblemsSection()
+    teacher: TeacherSection
+    student: StudentSection
+    rounds: PositiveInt = 5
+    pairs: PairsSection = PairsSection()
+    objective: SerializeAsAny[Objective] = Field(default="orpo", validate_default=True)  # type: ignore[assignment]
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    launch: Annotated[LaunchSection, SPEED_ONLY] = LaunchSection()
+    runs: Annotated[Path, SPEED_ONLY] = Path("runs")  # the folder of run folders
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder: `runs/<name>`."""
+        return self.runs / self.name
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        phi = self.pairs.phi
+        if isinstance(phi, tuple) and len(phi) != self.rounds:
+            raise ValueError(f"expected pairs.phi with one value a round ({self.rounds}), found {len(phi)}")
+        for role in (self.teacher, self.student):
+            if role.samples > 1 and role.decoding.temperature == 0:
+                where = "teacher" if role is self.teacher else "student"
+                raise ValueError(
+                    f"expected {where}.decoding.temperature > 0 to draw {role.samples} different traces, found 0"
+                )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read an experiment. `overrides` are `dotted.key=value`, the value in YAML. Raises ConfigError with every problem."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"expected a YAML file at {path}, found: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected YAML, found: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {type(data).__name__}")
+    for override in overrides:
+        _apply(data, override)
+    return parse_config(_numbers(data))
+
+
+def parse_config(data: dict[str, Any]) -> Config:
+    """Validate settings that are already plain data. Raises ConfigError with every problem found."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError([_explain(item, data) for item in error.errors()]) from error
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"expected key=value, found {override!r}; for instance train.learning_rate=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"expected a YAML value in {override!r}, found: {error}") from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = data.get(parent)
+        if isinstance(child, str):  # `task: gsm8k` and an option of it
+            child = {"type": child}
+        data[parent] = child if isinstance(child, dict) else {}
+        data = data[parent]
+    data[last] = value
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 (no dot) as text; everybody who writes it means the number."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and "e" in value.lower() and value[:1] in "+-.0123456789":
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: Any, data: Any) -> str:
+    """One of pydantic's errors in a user's words."""
+    location = [str(part) for part in error["loc"]]
+    where = ".".join(location) or "config"
+    if error["type"] == "extra_forbidden":
+        near = get_close_matches(location[-1], _siblings(location[:-1], data), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{where}: unknown key{hint}"
+    if error["type"] == "missing":
+        return f"{where}: expected a value, found none; add it to the config"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return f"{where}: {message}" if "found" in message else f"{where}: {message}, found {error['input']!r}"
+
+
+def _siblings(location: Sequence[str], data: Any) -> list[str]:
+    """The keys that are known at a place of the config."""
+    model: type[BaseModel] = Config
+    for part in location:
+        data = data.get(part) if isinstance(data, dict) else None
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        kinds = [kind for kind in _classes(field.annotation) if issubclass(kind, BaseModel)]
+        if not kinds:
+            return []
+        model = kinds[0]
+        if issubclass(model, Component) and "types" in model.__dict__:
+            name = data.get("type", "") if isinstance(data, dict) else str(data)
+            model = component_class(model, name)
+    return list(model.model_fields)
+
+
+def _classes(annotation: Any) -> list[type[Any]]:
+    """Every class in an annotation such as `LoraSection | None`."""
+    if isinstance(annotation, type):
+        return [annotation]
+    return [found for part in getattr(annotation, "__args__", ()) for found in _classes(part)]

@@ -1,0 +1,65 @@
+"""Progress for people: a bar on a terminal, a plain line every few seconds elsewhere. Always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[int], None]
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(text: str) -> None:
+    """One line to the user."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(label: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """`with progress("teacher", 2400) as advance:` then `advance(n)` for each n items done."""
+    if sys.stderr.isatty():
+        with _bar(label, total, done) as advance:
+            yield advance
+        return
+    started = last = time.monotonic()
+    count = done
+
+    def advance_plain(n: int = 1) -> None:
+        nonlocal count, last
+        count += n
+        if (now := time.monotonic()) - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            left = (total - count) * (now - started) / max(1, count - done)
+            say(f"  {label}: {count}/{total}, about {left:.0f} s left")
+
+    yield advance_plain
+
+
+@contextmanager
+def _bar(label: str, total: int, done: int) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total, completed=done)
+
+        def advance(n: int = 1) -> None:
+            bar.advance(task, n)
+
+        yield advance

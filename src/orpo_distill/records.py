@@ -1,0 +1,281 @@
+"""Records: the only thing stages exchange. Text only, one JSON object a line.
+
+No token ids and no chat templates stand here, because teacher and student tokenise differently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args
+
+from orpo_distill.errors import DataError
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a prompt."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question with its gold answer. `answer` is a letter for multiple choice (A = first of `choices`)."""
+
+    id: str
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+
+
+class FinishReason(StrEnum):
+    """Why a text ended."""
+
+    STOP = "stop"  # the model ended it
+    LENGTH = "length"  # cut at max_new_tokens
+    ERROR = "error"  # there is no text; `Trace.error` says why
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One sampled text: who wrote it, for which problem, as which of its K samples.
+
+    `policy` is `teacher` or `student-R` (R = rounds of training it has had). Token counts are the sampler's own,
+    None where it cannot tell.
+    """
+
+    id: str
+    problem_id: str
+    policy: str
+    sample_index: int
+    text: str
+    finish_reason: FinishReason = FinishReason.STOP
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    error: str = ""
+
+    @staticmethod
+    def make_id(policy: str, problem_id: str, sample_index: int, text: str) -> str:
+        """A stable id: 16 hex digits of sha256 over policy, problem, index and text."""
+        return stable_hash(policy, problem_id, sample_index, text)[:16]
+
+
+class Outcome(StrEnum):
+    """What a verifier found. Only CORRECT traces are ever chosen and only WRONG ones ever rejected."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    AMBIGUOUS = "ambiguous"  # two answers at once, or none that can be decided
+    UNPARSEABLE = "unparseable"  # states no answer
+    TRUNCATED = "truncated"  # cut before it stated one
+    FAILED = "failed"  # no text, or the verifier broke or ran out of time on it
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a trace's final answer is right, with the answer that was read and the reason in words."""
+
+    trace_id: str
+    outcome: Outcome
+    answer: str | None
+    reason: str
+
+    @property
+    def correct(self) -> bool | None:
+        """True, False, or None where it cannot be told (such a trace is used on neither side)."""
+        return {Outcome.CORRECT: True, Outcome.WRONG: False}.get(self.outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One training row: a prompt, a text to prefer and a text to avoid, and where both came from.
+
+    `rejected` and its provenance are empty in a row that only teaches its chosen side.
+    """
+
+    problem_id: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    chosen_id: str
+    rejected_id: str
+    chosen_policy: str
+    rejected_policy: str
+
+
+class Record(Protocol):
+    """Any of the dataclasses above."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+R = TypeVar("R", bound=Record)
+
+
+def stable_hash(*parts: object) -> str:
+    """sha256 (hex) of the parts' JSON: the source of ids and derived seeds. Never Python's salted `hash`."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from (seed, stage, key, ...): the same in every process and on every machine."""
+    return int(stable_hash(*parts)[:16], 16) >> 1
+
+
+def to_json(record: Record) -> str:
+    """One line without its newline. Text that UTF-8 cannot hold (lone surrogates) is escaped."""
+    data = dataclasses.asdict(record)
+    line = json.dumps(data, ensure_ascii=False)
+    return line if line.isascii() or _encodable(line) else json.dumps(data)
+
+
+def from_json(record_type: type[R], data: Mapping[str, Any]) -> R:
+    """A record from its parsed line. Raises DataError for missing or unknown fields."""
+    convert = _converters(record_type)
+    try:
+        return record_type(**{key: convert[key](value) if key in convert else value for key, value in data.items()})
+    except (TypeError, ValueError, KeyError) as error:
+        raise DataError(f"expected the fields of a {record_type.__name__}, found {error}") from error
+
+
+def read_jsonl(path: Path, record_type: type[R]) -> Iterator[R]:
+    """Stream the records of a finished file. Raises DataError with path and line number."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield from_json(record_type, json.loads(line))
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: expected a {record_type.__name__}, found {error}") from error
+
+
+def write_jsonl(path: Path, records: Iterable[Record]) -> int:
+    """Write a whole file so that it is either there complete or not at all. Returns the number of lines."""
+    count = 0
+    with atomic_file(path) as file:
+        for record in records:
+            file.write((to_json(record) + "\n").encode())
+            count += 1
+    return count
+
+
+@dataclass
+class atomic_file:  # noqa: N801 - used like a function
+    """`with atomic_file(path) as file:` (binary): fsynced and renamed onto `path` only if the block succeeds."""
+
+    path: Path
+    _file: Any = field(default=None, init=False)
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(self.path.name + ".tmp")
+
+    def __enter__(self) -> Any:
+        self._file = self._partial.open("wb")
+        return self._file
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+        if kind is None:
+            self._partial.replace(self.path)
+            sync_folder(self.path.parent)
+        else:
+            self._partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class JsonlAppender:
+    """Append records as they arrive; a torn last line (a process killed in mid-write) is cut off on opening.
+
+    Each record reaches the operating system before `append` returns, so only a machine crash can lose one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        repair_torn_line(path)
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, record: Record) -> None:
+        self._file.write((to_json(record) + "\n").encode())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def repair_torn_line(path: Path) -> bool:
+    """Cut a last line that has no newline. True if there was one. A missing file is fine."""
+    if not path.exists() or not (size := path.stat().st_size):
+        return False
+    with path.open("rb+") as file:
+        end = size
+        while end:
+            start = max(0, end - 65536)
+            file.seek(start)
+            if (cut := file.read(end - start).rfind(b"\n")) >= 0:
+                end = start + cut + 1
+                break
+            end = start
+        file.truncate(end)
+    return end != size
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _messages(value: Iterable[Mapping[str, Any]]) -> tuple[Message, ...]:
+    messages = tuple(Message(**message) for message in value)
+    for message in messages:
+        if message.role not in get_args(Role):
+            raise ValueError(f"a message's role {message.role!r} (expected {', '.join(get_args(Role))})")
+    return messages
+
+
+_CONVERTERS: Mapping[type[Any], Mapping[str, Callable[[Any], Any]]] = types.MappingProxyType(
+    {
+        Problem: {"choices": tuple},
+        Trace: {"finish_reason": FinishReason},
+        Verdict: {"outcome": Outcome},
+        Pair: {"prompt": _messages},
+    }
+)
+
+
+def _converters(record_type: type[Any]) -> Mapping[str, Callable[[Any], Any]]:
+    return _CONVERTERS.get(record_type, {})

@@ -1,0 +1,68 @@
+"""Samplers: prompts to text.
+
+A sampler's options say which engine and how fast; `open(model)` loads the engine for the length of a `with` block and
+gives a `Generate` function. The stage that calls it decides what to ask, and resumes; the sampler only batches.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from orpo_distill.component import Component, Options
+from orpo_distill.records import FinishReason, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One text to sample. `seed` makes it reproducible whatever else is sampled beside it."""
+
+    problem_id: str
+    sample_index: int
+    messages: tuple[Message, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What came back for a request. `error` is set, and `text` empty, only if `finish_reason` is ERROR."""
+
+    request: Request
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    error: str = ""
+
+
+class Decoding(Options):
+    """How a text is drawn. `temperature: 0` is greedy."""
+
+    temperature: float = Field(0.8, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)  # 0: off
+    max_new_tokens: int = Field(512, ge=1)
+    stop: tuple[str, ...] = ()  # texts that end a sample; they are cut off
+
+
+Generate = Callable[[Iterable[Request], Decoding], Iterator[Completion]]
+"""Requests in, completions out in any order. A request that fails yields a completion with `error`."""
+
+
+class Sampler(Component):
+    """An engine that writes text for prompts."""
+
+    family = "sampler"
+    types = {
+        "hf": "orpo_distill.samplers.hf:HF",
+        "recorded": "orpo_distill.samplers.recorded:Recorded",
+        "scripted": "orpo_distill.samplers.scripted:Scripted",
+    }
+
+    @abstractmethod
+    def open(self, model: str) -> AbstractContextManager[Generate]:
+        """Load `model` (a hub id, a folder, or what the engine calls it). Raises ModelError or DataError."""

@@ -1,0 +1,36 @@
+"""Tasks: where problems come from, how they are asked, and which verifier judges the answers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from orpo_distill.component import Component
+from orpo_distill.records import Message, Problem
+from orpo_distill.verifiers import Verifier
+
+
+class Task(Component):
+    """A source of problems with gold answers."""
+
+    family = "task"
+    types = {
+        "gsm8k": "orpo_distill.tasks.gsm8k:Gsm8k",
+        "arc_challenge": "orpo_distill.tasks.arc:ArcChallenge",
+        "arc_easy": "orpo_distill.tasks.arc:ArcEasy",
+        "openbookqa": "orpo_distill.tasks.openbookqa:OpenBookQA",
+        "strategyqa": "orpo_distill.tasks.strategyqa:StrategyQA",
+        "medqa": "orpo_distill.tasks.medqa:MedQA",
+        "jsonl": "orpo_distill.tasks.jsonl:Jsonl",
+    }
+
+    @abstractmethod
+    def load(self, split: str) -> list[Problem]:
+        """Every problem of a split, in file order. Raises DataError (missing file, bad line, bad gold answer)."""
+
+    @abstractmethod
+    def messages(self, problem: Problem) -> tuple[Message, ...]:
+        """The prompt: optional system message, few-shot turns, then the question. Text only."""
+
+    @abstractmethod
+    def judge(self) -> Verifier:
+        """The verifier of this task's answers."""
