@@ -55,9 +55,8 @@ def teacher_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\n"), "isolated"),
-            pre_tokenizers.Punctuation("isolated"),
             pre_tokenizers.Metaspace(prepend_scheme="never"),
+            pre_tokenizers.Split(Regex(r"▁?[^\w▁]"), "isolated"),
         ]
     )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")

@@ -26,7 +26,7 @@ FACTORS = {"doubles": 2, "triples": 3}
 HALVES = ("gives away half of", "keeps only half of")
 HASTY_VERBS = frozenset({"wins", "lends", "drops", "sells"})
 KINDS = ("gain", "loss", "bags", "times", "half")
-KIND_WEIGHTS = (28, 30, 16, 12, 14)
+KIND_WEIGHTS = (30, 30, 15, 11, 14)
 
 
 @dataclass(frozen=True, slots=True)

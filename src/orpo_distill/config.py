@@ -38,7 +38,7 @@ class TeacherSection(Options):
     """The model to learn from: only its text is used."""
 
     model: str
-    sampler: SerializeAsAny[Sampler] = Field(default="hf", validate_default=True)  # type: ignore[assignment]
+    sampler: SerializeAsAny[Sampler] = Field(default="hf", validate_default=True)
     decoding: Decoding = Decoding()
     samples: PositiveInt = 8  # K; raising it later only adds traces
     prefix: str = ""  # an instruction that only the teacher sees
@@ -48,7 +48,7 @@ class StudentSection(Options):
     """The model to train; its own wrong traces are the negatives."""
 
     model: str
-    sampler: SerializeAsAny[Sampler] = Field(default="hf", validate_default=True)  # type: ignore[assignment]
+    sampler: SerializeAsAny[Sampler] = Field(default="hf", validate_default=True)
     decoding: Decoding = Decoding()
     samples: PositiveInt = 8
 
@@ -142,7 +142,7 @@ class Config(Options):
     student: StudentSection
     rounds: PositiveInt = 5
     pairs: PairsSection = PairsSection()
-    objective: SerializeAsAny[Objective] = Field(default="orpo", validate_default=True)  # type: ignore[assignment]
+    objective: SerializeAsAny[Objective] = Field(default="orpo", validate_default=True)
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
     launch: Annotated[LaunchSection, SPEED_ONLY] = LaunchSection()
@@ -168,7 +168,7 @@ class Config(Options):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read an experiment. `overrides` are `dotted.key=value`, the value in YAML. Raises ConfigError with every problem."""
+    """Read an experiment. `overrides` are `dotted.key=value`. Raises ConfigError with every problem found."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

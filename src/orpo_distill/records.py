@@ -170,7 +170,7 @@ def write_jsonl(path: Path, records: Iterable[Record]) -> int:
 
 
 @dataclass
-class atomic_file:  # noqa: N801 - used like a function
+class atomic_file:
     """`with atomic_file(path) as file:` (binary): fsynced and renamed onto `path` only if the block succeeds."""
 
     path: Path
