@@ -233,7 +233,10 @@ def train(model: PreTrainedModel, data: Iterator[tuple[Tensor, Tensor]], steps: 
         tokens += ids.numel()
         if step % 100 == 99 or step + 1 == steps:
             seconds = time.monotonic() - started
-            print(f"{name}: step {step + 1}/{steps}, loss {loss.item():.3f}, {seconds:.0f} s, {tokens:,} tokens", flush=True)
+            print(
+                f"{name}: step {step + 1}/{steps}, loss {loss.item():.3f}, {seconds:.0f} s, {tokens:,} tokens",
+                flush=True,
+            )
 
 
 def build_checkpoint(role: Role, lessons: Iterator[tuple[str, str]], seed: int, out: Path) -> float:
