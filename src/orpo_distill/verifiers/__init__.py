@@ -31,3 +31,9 @@ class Verifier(Component):
     @abstractmethod
     def __call__(self, problem: Problem, trace: Trace) -> Verdict:
         """Judge one trace. Raises ValueError for a gold answer of the wrong kind (a letter outside the choices)."""
+
+    def check_gold(self, problem: Problem) -> None:
+        """Raises ValueError for a gold answer of the wrong kind. Tasks call it for every problem they load."""
+
+    def prepare(self) -> None:
+        """Import what `__call__` needs. A worker does this before its time limit applies."""

@@ -1,0 +1,184 @@
+"""Verdicts for many traces: in this process, or in workers that are killed when a verifier hangs or crashes.
+
+A worker is a fresh Python that imports the verifier and nothing else: neither this process's `__main__` nor torch. It
+gets one trace at a time; one that takes too long costs its own verdict (FAILED) and a restart of the worker.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+from orpo_distill.errors import ConfigError
+from orpo_distill.records import FinishReason, Outcome, Problem, Trace, Verdict
+from orpo_distill.verifiers import Verifier
+
+START_TIMEOUT = 120.0  # seconds a worker may take to import its verifier
+IN_FLIGHT = 4  # traces handed out ahead of the one whose verdict is awaited, for each worker
+
+Item = tuple[Problem, Trace]
+
+
+def verify_all(
+    verifier: Verifier, items: Iterable[Item], timeout: float = 10.0, processes: int = 1
+) -> Iterator[Verdict]:
+    """The verdicts on `items`, in their order, as they are found.
+
+    An isolated verifier runs in `processes` workers and has `timeout` seconds a trace. A trace without text, and one on
+    which the verifier raises, hangs or dies, is FAILED with the reason. Raises ConfigError if a worker cannot start.
+    """
+    if verifier.isolated:
+        return _isolated(verifier, items, timeout, processes)
+    return (judge(verifier, problem, trace) for problem, trace in items)
+
+
+def judge(verifier: Verifier, problem: Problem, trace: Trace) -> Verdict:
+    """One verdict in this process. An exception of the verifier becomes a FAILED verdict."""
+    if trace.finish_reason is FinishReason.ERROR:
+        return failed(trace, trace.error or "there is no text")
+    try:
+        found: object = verifier(problem, trace)
+    except Exception as error:
+        return failed(trace, f"the verifier raised {type(error).__name__}: {error}")
+    if not isinstance(found, Verdict):
+        return failed(trace, f"the verifier returned {type(found).__name__}, expected a Verdict")
+    return found
+
+
+def failed(trace: Trace, reason: str) -> Verdict:
+    """The verdict on a trace that nothing can be said of."""
+    return Verdict(trace.id, Outcome.FAILED, None, reason)
+
+
+def _isolated(verifier: Verifier, items: Iterable[Item], timeout: float, processes: int) -> Iterator[Verdict]:
+    workers = [Worker(verifier, timeout) for _ in range(processes)]
+    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def one(item: Item) -> Verdict:
+        worker = idle.get()
+        try:
+            return worker.judge(*item)
+        finally:
+            idle.put(worker)
+
+    pool = ThreadPoolExecutor(processes, thread_name_prefix="verify")
+    pending: deque[Future[Verdict]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(one, item))
+            if len(pending) >= IN_FLIGHT * processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+        for worker in workers:
+            worker.close()
+        pool.shutdown()
+
+
+class Worker:
+    """A process that judges one trace at a time, started when first needed and again after it was killed."""
+
+    def __init__(self, verifier: Verifier, timeout: float) -> None:
+        self._setup = (pickle.dumps(verifier), timeout)
+        self._timeout = timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection[Any, Any] | None = None
+        self._closed = threading.Event()
+
+    def judge(self, problem: Problem, trace: Trace) -> Verdict:
+        """The worker's verdict, or a FAILED one. Raises ConfigError if the worker cannot start."""
+        if trace.finish_reason is FinishReason.ERROR:
+            return failed(trace, trace.error or "there is no text")
+        connection = self._connection or self._start()
+        try:
+            connection.send((problem, trace))
+            if connection.poll(self._timeout):
+                found = connection.recv()
+                assert isinstance(found, Verdict)
+                return found
+            self.kill()
+            return failed(trace, f"the verifier took longer than {self._timeout:g} s")
+        except (EOFError, OSError):
+            code = self.kill()
+            return failed(trace, f"the verifier's process died (exit code {code})")
+
+    def close(self) -> None:
+        """Kill the process; it will not start again."""
+        self._closed.set()
+        self.kill()
+
+    def kill(self) -> int | None:
+        """Kill the process. Its exit code, None if there was none."""
+        process, connection = self._process, self._connection
+        self._process = self._connection = None
+        if connection is not None:
+            connection.close()
+        if process is None:
+            return None
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(0.2)
+        process.kill()
+        return process.wait()
+
+    def _start(self) -> Connection[Any, Any]:
+        if self._closed.is_set():
+            raise OSError("the worker is closed")
+        ours, theirs = Pipe()
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; from orpo_distill import verification as v; v.work(sys.argv[1])"
+        )
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # what a verifier prints is not this program's output
+            )
+        self._connection = ours
+        problem = "it did not answer"
+        with suppress(EOFError, OSError):
+            ours.send(self._setup)
+            if ours.poll(START_TIMEOUT):
+                problem = ours.recv()
+        if problem or self._closed.is_set():
+            self.kill()
+            raise ConfigError(f"expected a verifier that a worker process can import, found: {problem}")
+        return ours
+
+
+def work(handle: str) -> None:
+    """The worker's side: judge what comes through a connection, given by its file descriptor, until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Connection(int(handle)) as connection, suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        pickled, timeout = connection.recv()
+        try:
+            verifier = pickle.loads(pickled)  # noqa: S301 (from our own parent, over a private pipe)
+            verifier.prepare()
+        except Exception as error:
+            connection.send(f"{type(error).__name__}: {error}")
+            return
+        connection.send("")
+        with open(os.devnull, "w") as silent:  # noqa: PTH123
+            while True:
+                problem, trace = connection.recv()
+                faulthandler.dump_traceback_later(2 * timeout + 5, exit=True, file=silent)  # if the parent is gone
+                connection.send(judge(verifier, problem, trace))
+                faulthandler.cancel_dump_traceback_later()
