@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 from orpo_distill.component import Component
-from orpo_distill.records import Message, Problem
+from orpo_distill.records import Message, Problem, derive_seed
 from orpo_distill.verifiers import Verifier
 
 
@@ -23,6 +24,10 @@ class Task(Component):
         "jsonl": "orpo_distill.tasks.jsonl:Jsonl",
     }
 
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits there are; override it where they are others than these. Raises DataError."""
+        return ("train", "validation", "test")
+
     @abstractmethod
     def load(self, split: str) -> list[Problem]:
         """Every problem of a split, in file order. Raises DataError (missing file, bad line, bad gold answer)."""
@@ -34,3 +39,12 @@ class Task(Component):
     @abstractmethod
     def judge(self) -> Verifier:
         """The verifier of this task's answers."""
+
+
+def take(found: Sequence[Problem], limit: int | None, seed: int) -> list[Problem]:
+    """`limit` problems, the first by a hash of (seed, id), in their own order: a larger limit only adds problems."""
+    if limit is None:
+        return list(found)
+    drawn = sorted(found, key=lambda problem: (derive_seed(seed, "limit", problem.id), problem.id))[:limit]
+    ids = {problem.id for problem in drawn}
+    return [problem for problem in found if problem.id in ids]
