@@ -1,0 +1,83 @@
+"""Prompts as a model reads them: its own chat template, or plain text where it has none.
+
+Sampling and training both encode prompts here, so that a student is trained on exactly the prompts it is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from orpo_distill.errors import ModelError
+from orpo_distill.records import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    """The prompt's text: through the chat template, or else the contents, a blank line between them and "\\n" last.
+
+    A template that rejects or swallows a system message gets its text at the head of the first user message. Raises
+    ModelError where the template fails all the same.
+    """
+    if not tokenizer.chat_template:
+        return "\n\n".join(message.content for message in messages) + ("\n" if add_generation_prompt else "")
+    if messages and messages[0].role == "system":
+        text = _try_template(tokenizer, messages, add_generation_prompt)
+        if isinstance(text, str) and messages[0].content.strip() in text:
+            return text
+        messages = _without_system(messages)
+    text = _try_template(tokenizer, messages, add_generation_prompt)
+    if isinstance(text, str):
+        return text
+    roles = ", ".join(message.role for message in messages)
+    raise ModelError(
+        f"expected a chat template that takes the roles {roles}, found: {text}; "
+        "remove `chat_template` from the tokenizer's folder to use plain prompts"
+    ) from text
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """The prompt's token ids. A chat template writes its own BOS; a plain prompt gets the tokenizer's, never an EOS."""
+    text = render(tokenizer, messages)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not tokenizer.chat_template and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return [tokenizer.bos_token_id, *ids]
+    return ids
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes right after an assistant's text, if it writes one."""
+    if not tokenizer.chat_template:
+        return None
+    said = "The end."
+    text = _try_template(tokenizer, [Message("user", "?"), Message("assistant", said)], add_generation_prompt=False)
+    if not isinstance(text, str) or said not in text:
+        return None
+    after = tokenizer(text[text.rindex(said) + len(said) :], add_special_tokens=False)["input_ids"]
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return after[0] if after and after[0] in special else None
+
+
+def _try_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
+) -> str | Exception:
+    from jinja2 import TemplateError
+
+    conversation = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (TemplateError, TypeError, ValueError) as error:
+        return error
+    return str(text)
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the system text at the head of the first user message."""
+    system, *rest = messages
+    for place, message in enumerate(rest):
+        if message.role == "user":
+            rest[place] = Message("user", f"{system.content}\n\n{message.content}")
+            return rest
+    return [Message("user", system.content), *rest]
