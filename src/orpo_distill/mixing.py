@@ -32,7 +32,7 @@ def phi_of_round(phi: float | tuple[float, ...] | LinearPhi, round_number: int, 
         return 0.0
     if isinstance(phi, LinearPhi):
         share = (round_number - 2) / (rounds - 2) if rounds > 2 else 0.0
-        return phi.start + share * (phi.end - phi.start)
+        return (1 - share) * phi.start + share * phi.end
     return phi[round_number - 1] if isinstance(phi, tuple) else phi
 
 
