@@ -19,11 +19,11 @@ class ScoredGroups:
 
     logp_sum: Tensor  # (N,) log-probability of the response's tokens, summed
     tokens: Tensor  # (N,) number of response tokens, at least 1
-    prompt_logp_sum: Tensor  # (N,) the same over the prompt's tokens; zeros unless "prompt" is in `requires`
-    prompt_tokens: Tensor  # (N,) number of prompt tokens that were scored
+    prompt_logp_sum: Tensor  # (N,) the same over the prompt's tokens but the first; 0 unless `scores_prompt`
+    prompt_tokens: Tensor  # (N,) number of prompt tokens that were scored; 0 unless `scores_prompt`
     chosen: Tensor  # (B,) index into the N traces
     rejected: Tensor  # (B,) index into the N traces; empty unless "rejected" is in `requires`
-    mean_chosen_tokens: float  # mean over the whole step's pairs, on every rank, of the tokens that the NLL covers
+    mean_chosen_tokens: float  # mean over all pairs of the optimizer step of the chosen side's scored tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Loss:
     """What an objective returns: a value a pair to be minimised, never reduced, and what is worth logging."""
 
     per_pair: Tensor  # (B,)
-    metrics: Mapping[str, Tensor]  # name -> (B,), detached
+    metrics: Mapping[str, Tensor]  # name -> (B,), detached; logged as means over the pairs
 
 
 class Objective(Component):

@@ -1,0 +1,220 @@
+"""Pairs in the student's tokens, the order they are trained in, and groups: a prompt with all its traces.
+
+Prompt and response are tokenised apart, so that no token merges across the boundary: the student is trained on exactly
+the tokens that it sees and writes when it samples. Each distinct trace of a micro-batch is scored once, however many
+pairs it stands in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from orpo_distill.errors import DataError
+from orpo_distill.records import Message, Pair, derive_seed
+from orpo_distill.samplers.prompts import encode_prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A pair in the student's tokens. `rejected` is empty where the objective does not use it."""
+
+    number: int  # its line in pairs.jsonl, from 1
+    pair: Pair
+    prompt: Tokens
+    chosen: Tokens
+    rejected: Tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt with the longer response."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+    @property
+    def name(self) -> str:
+        """The row for people: line, problem and traces."""
+        rejected = f", rejected {self.pair.rejected_id or '?'}" if self.rejected else ""
+        return f"pairs.jsonl:{self.number} (problem {self.pair.problem_id}, chosen {self.pair.chosen_id}{rejected})"
+
+
+def tokenize(
+    pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int, with_rejected: bool
+) -> list[Row]:
+    """Every pair as a row. Raises DataError, naming the row, for one that is empty, too long or lacks a side."""
+    pairs = list(pairs)
+    if not pairs:
+        raise DataError("expected at least one row in pairs.jsonl, found none; there is nothing to train on")
+    prompts: dict[tuple[Message, ...], Tokens] = {}
+    for pair in pairs:
+        if pair.prompt not in prompts:
+            prompts[pair.prompt] = tuple(encode_prompt(tokenizer, pair.prompt))
+    wanted = {(pair.chosen, False) for pair in pairs}
+    if with_rejected:
+        wanted |= {(pair.rejected, pair.rejected_cut) for pair in pairs}
+    responses = _encode_responses(sorted(wanted), tokenizer)
+    rows = []
+    for number, pair in enumerate(pairs, start=1):
+        rejected = responses[pair.rejected, pair.rejected_cut] if with_rejected else ()
+        rows.append(Row(number, pair, prompts[pair.prompt], responses[pair.chosen, False], rejected))
+        _check(rows[-1], max_length, with_rejected)
+    return rows
+
+
+def _encode_responses(
+    texts: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
+) -> dict[tuple[str, bool], Tokens]:
+    """Tokens of each (text, cut); one that was not cut ends with the end-of-sequence token."""
+    if tokenizer.eos_token_id is None:
+        raise DataError("expected a tokenizer with an end-of-sequence token, found none; set its eos_token")
+    encoded = tokenizer([text for text, _ in texts], add_special_tokens=False, verbose=False)["input_ids"]
+    return {
+        (text, cut): (*ids, *(() if cut else (tokenizer.eos_token_id,)))
+        for (text, cut), ids in zip(texts, encoded, strict=True)
+    }
+
+
+def _check(row: Row, max_length: int, with_rejected: bool) -> None:
+    if with_rejected and not row.pair.rejected:
+        raise DataError(
+            f"{row.name}: expected a rejected text, found none; this objective compares two sides: make pairs with "
+            "both, or train with `objective: sft`"
+        )
+    if not row.prompt or not row.pair.chosen:
+        raise DataError(f"{row.name}: expected a prompt and a chosen text, found an empty one; remove the row")
+    if row.length > max_length:
+        raise DataError(
+            f"{row.name}: expected at most train.max_length = {max_length} tokens, found {row.length}; "
+            "raise train.max_length or lower pairs.max_response_tokens"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """The optimizer steps of a round, each a list of indices into the rows, and what fitting them in took."""
+
+    steps: list[list[int]]
+    repeated: int  # times that a row was used again
+    left_out: int  # rows that did not fit in
+
+
+def default_steps(rows: int, pairs_per_step: int) -> int:
+    """Optimizer steps that one pass over the rows takes."""
+    return math.ceil(rows / pairs_per_step)
+
+
+def schedule(problem_ids: Sequence[str], steps: int, pairs_per_step: int, seed: int, round_number: int) -> Round:
+    """Which rows (given by their problems' ids) each of a round's `steps` optimizer steps takes.
+
+    Problems come in a random order that only (seed, round) decides, the rows of one problem side by side, so that
+    their traces are scored together. As many rows as one pass takes are used once each and spread evenly. More are
+    subsampled; fewer are repeated, pass after pass, until every step has `pairs_per_step`.
+    """
+    count, room = len(problem_ids), steps * pairs_per_step
+    coin = random.Random(derive_seed(seed, "schedule", round_number))
+    if count > room:
+        order = _shuffled(sorted(coin.sample(range(count), room)), problem_ids, coin)
+    else:
+        order = _shuffled(range(count), problem_ids, coin)
+        if default_steps(count, pairs_per_step) < steps:
+            while len(order) < room:
+                order += _shuffled(range(count), problem_ids, coin)
+            del order[room:]
+    cuts = [len(order) * step // steps for step in range(steps + 1)]
+    used = len(set(order))
+    return Round([order[a:b] for a, b in itertools.pairwise(cuts)], len(order) - used, count - used)
+
+
+def _shuffled(indices: Iterable[int], problem_ids: Sequence[str], coin: random.Random) -> list[int]:
+    """The indices with their problems in random order."""
+    by_problem: dict[str, list[int]] = {}
+    for index in indices:
+        by_problem.setdefault(problem_ids[index], []).append(index)
+    problems = list(by_problem.values())
+    coin.shuffle(problems)
+    return [index for problem in problems for index in problem]
+
+
+def micro_batches(rows: Sequence[Row], pairs_per_batch: int) -> list[list[Row]]:
+    """A step's rows in runs of at most `pairs_per_batch`, those of one prompt together, short ones first."""
+    by_prompt: dict[Tokens, list[Row]] = {}
+    for row in rows:
+        by_prompt.setdefault(row.prompt, []).append(row)
+    parts = [
+        group[start : start + pairs_per_batch]
+        for group in by_prompt.values()
+        for start in range(0, len(group), pairs_per_batch)
+    ]
+    batches: list[list[Row]] = []
+    for part in sorted(parts, key=lambda part: max(row.length for row in part)):
+        if batches and len(batches[-1]) + len(part) <= pairs_per_batch:
+            batches[-1].extend(part)
+        else:
+            batches.append(list(part))
+    return batches
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt with its distinct traces."""
+
+    prompt: Tokens
+    traces: list[Tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Groups laid out for one forward pass: N distinct traces in rows padded on the right to T, and B pairs of them."""
+
+    input_ids: Tensor  # (N, T)
+    scored: Tensor  # (N, T) bool: where the next token's log-probability is wanted
+    response: Tensor  # (N, T) bool: where the next token is the response's
+    chosen: Tensor  # (B,) index into the N traces
+    rejected: Tensor  # (B,) index into the N traces; empty where rows have no rejected side
+
+
+def collate(rows: Sequence[Row], score_prompt: bool, device: str = "cpu") -> Batch:
+    """Lay out the rows' distinct traces. `score_prompt` wants the prompt's tokens (all but the first) scored too."""
+    import torch
+
+    groups, chosen, rejected = _group(rows)
+    sequences = [(len(group.prompt), group.prompt + trace) for group in groups for trace in group.traces]
+    longest = max(len(tokens) for _, tokens in sequences)
+    input_ids = torch.tensor([(*tokens, *(0,) * (longest - len(tokens))) for _, tokens in sequences])
+    starts = torch.tensor([start for start, _ in sequences])[:, None]
+    ends = torch.tensor([len(tokens) for _, tokens in sequences])[:, None]
+    place = torch.arange(longest)[None, :]
+    response = (place >= starts - 1) & (place < ends - 1)
+    return Batch(
+        input_ids=input_ids.to(device),
+        scored=(place < ends - 1).to(device) if score_prompt else response.to(device),
+        response=response.to(device),
+        chosen=torch.tensor(chosen, device=device),
+        rejected=torch.tensor(rejected, device=device, dtype=torch.long),
+    )
+
+
+def _group(rows: Sequence[Row]) -> tuple[list[Group], list[int], list[int]]:
+    """The rows' groups, and each row's chosen and rejected trace counted through all groups."""
+    traces: dict[Tokens, dict[Tokens, int]] = {}
+    for row in rows:
+        own = traces.setdefault(row.prompt, {})
+        for trace in (row.chosen, row.rejected):
+            if trace:
+                own.setdefault(trace, len(own))
+    starts, total = {}, 0
+    for prompt, own in traces.items():
+        starts[prompt] = total
+        total += len(own)
+    chosen = [starts[row.prompt] + traces[row.prompt][row.chosen] for row in rows]
+    rejected = [starts[row.prompt] + traces[row.prompt][row.rejected] for row in rows if row.rejected]
+    return [Group(prompt, list(own)) for prompt, own in traces.items()], chosen, rejected

@@ -1,0 +1,266 @@
+"""Train the student for one round, or for several on the same pairs.
+
+A round is an epoch. All rounds together are one run of rounds x steps-per-round optimizer steps with one learning-rate
+schedule: each train stage goes on from the previous one's last checkpoint (weights, optimizer, schedule, step count).
+
+out/model        the trained student, an ordinary Hugging Face folder (LoRA: the adapter's)
+out/checkpoint   what the next round goes on from
+out/log.jsonl    one line a step
+out/train.json   the stage's metrics
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import PositiveInt, SerializeAsAny, model_validator
+
+from orpo_distill.checkpoints import FINAL, MODEL, is_whole, newest, publish, step_of, sweep
+from orpo_distill.component import Options
+from orpo_distill.config import TrainSection
+from orpo_distill.errors import RunError, missing_extra
+from orpo_distill.groups import Row, default_steps, schedule, tokenize
+from orpo_distill.interrupt import deferred
+from orpo_distill.models import load_model, load_tokenizer
+from orpo_distill.objectives import Objective
+from orpo_distill.progress import progress
+from orpo_distill.records import Pair, read_jsonl, write_text
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from orpo_distill.trainer import Course
+
+FINAL_STEPS = 10  # the metrics of this many last steps are averaged
+
+
+class TrainOptions(Options):
+    """What a train stage does. Rounds count from 1; `rounds` is the whole run's number."""
+
+    model: str  # the initial student
+    train: TrainSection
+    objective: SerializeAsAny[Objective]
+    rounds: PositiveInt
+    first_round: PositiveInt
+    last_round: PositiveInt
+    seed: int
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.first_round <= self.last_round <= self.rounds:
+            raise ValueError(
+                f"expected first_round <= last_round <= rounds, found {self.first_round}, {self.last_round} and "
+                f"{self.rounds}"
+            )
+        return self
+
+
+def train(options: TrainOptions, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+    """Train on inputs["pairs"]/pairs.jsonl, going on from inputs["previous"] after round 1. Returns the metrics.
+
+    Raises DataError for rows that cannot be trained on, TrainingError where the loss is not finite or memory runs out,
+    RunError for a checkpoint that is damaged or cannot be written, Interrupted after a signal.
+    """
+    previous = inputs.get("previous")
+    if not (out / MODEL).is_dir():
+        _train(options, inputs["pairs"] / "pairs.jsonl", previous, out)
+    if previous is not None and options.train.keep == "last" and _is_main_process():
+        shutil.rmtree(previous / FINAL, ignore_errors=True)
+    metrics: dict[str, Any] = json.loads((out / "train.json").read_bytes())
+    return metrics
+
+
+def _train(options: TrainOptions, pairs: Path, previous: Path | None, out: Path) -> None:
+    tokenizer = load_tokenizer(options.model, options.train.trust_remote_code)
+    with_rejected = "rejected" in options.objective.requires
+    rows = tokenize(read_jsonl(pairs, Pair), tokenizer, options.train.max_length, with_rejected)
+    course, counts = _course(options, rows, _steps_per_round(options, len(rows), previous), out)
+    args = _arguments(options, course, out)
+    if args.process_index == 0:
+        sweep(out, keep=2)
+    args.distributed_state.wait_for_everyone()
+    start = newest(out) or _previous_checkpoint(options, course, previous)
+    done = step_of(start) if start else 0
+    args.distributed_state.wait_for_everyone()  # before anything in the folder moves again
+    if done < course.last_step:
+        _run(options, course, args, start, tokenizer)
+    if args.process_index == 0:
+        write_text(out / "train.json", json.dumps(_metrics(course, counts), indent=1))
+        sweep(out, keep=1)
+        publish(_found(newest(out)), out)
+    args.distributed_state.wait_for_everyone()
+
+
+def _run(options: TrainOptions, course: Course, args: TrainingArguments, start: Path | None, tokenizer: Any) -> None:
+    """Train from a checkpoint, or from the initial student, to the end of the course and save it there."""
+    from orpo_distill.trainer import Watch, cut_log, run
+
+    done = step_of(start) - course.first_step if start else 0
+    if args.process_index == 0:
+        cut_log(course.log, course.first_step + done)
+    rounds = f"{options.first_round}-{options.last_round}"
+    label = f"train round {options.first_round if options.first_round == options.last_round else rounds}"
+    model = _model(options, args)
+    with progress(label, len(course.steps), done) as advance, deferred() as stop:
+        watch = Watch(stop, options.train.checkpoint_minutes, advance)
+        run(model, tokenizer, args, course, watch, start)
+
+
+def _course(
+    options: TrainOptions, rows: Sequence[Row], steps_per_round: int, out: Path
+) -> tuple[Course, dict[str, int]]:
+    """The rows of every step of the stage, and how many rows that repeats and leaves out."""
+    from orpo_distill.trainer import Course
+
+    problem_ids = [row.pair.problem_id for row in rows]
+    rounds = [
+        schedule(problem_ids, steps_per_round, options.train.pairs_per_step, options.seed, number)
+        for number in range(options.first_round, options.last_round + 1)
+    ]
+    course = Course(
+        steps=[[rows[index] for index in step] for each in rounds for step in each.steps],
+        first_step=(options.first_round - 1) * steps_per_round,
+        steps_per_round=steps_per_round,
+        objective=options.objective,
+        pairs_per_batch=options.train.pairs_per_batch,
+        log=out / "log.jsonl",
+    )
+    counts = {
+        "rows": len(rows),
+        "groups": len({row.prompt for row in rows}),
+        "rows_repeated": sum(each.repeated for each in rounds),
+        "rows_left_out": sum(each.left_out for each in rounds),
+    }
+    return course, counts
+
+
+def _steps_per_round(options: TrainOptions, rows: int, previous: Path | None) -> int:
+    """Set, or what the first round's rows gave."""
+    if options.train.steps_per_round is not None:
+        return options.train.steps_per_round
+    if options.first_round == 1:
+        return default_steps(rows, options.train.pairs_per_step)
+    try:
+        return int(json.loads((_found(previous) / "train.json").read_bytes())["steps_per_round"])
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(
+            f"expected the number of steps per round in {previous}/train.json, found: {error}; train the rounds before "
+            "again, or set train.steps_per_round"
+        ) from error
+
+
+def _previous_checkpoint(options: TrainOptions, course: Course, previous: Path | None) -> Path | None:
+    """The checkpoint that the round before ended with; None in round 1."""
+    if options.first_round == 1:
+        return None
+    folder = _found(previous) / FINAL
+    if not is_whole(folder):
+        raise RunError(
+            f"expected the last checkpoint of round {options.first_round - 1} in {folder}, found none that is whole; "
+            "train that round again (train.keep: last deletes it once the next round is done; train.keep: all keeps it)"
+        )
+    if (steps := step_of(folder)) != course.first_step:
+        raise RunError(
+            f"expected {course.first_step} steps of training in {folder}, found {steps}; train the rounds before again"
+        )
+    return folder
+
+
+def _arguments(options: TrainOptions, course: Course, out: Path) -> TrainingArguments:
+    """The settings in transformers' words. Starts the process group under `accelerate launch`."""
+    import torch
+    from transformers import TrainingArguments
+
+    section = options.train
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate launch --cpu
+    schedule_type = "constant_with_warmup" if section.schedule == "constant" else section.schedule
+    args = TrainingArguments(
+        output_dir=str(out),
+        per_device_train_batch_size=1,
+        num_train_epochs=options.rounds,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type=schedule_type,
+        warmup_steps=math.ceil(section.warmup_ratio * course.steps_per_round * options.rounds),
+        weight_decay=section.weight_decay,
+        adam_beta2=section.adam_beta2,
+        max_grad_norm=section.max_grad_norm,
+        bf16=section.autocast,
+        use_cpu=asked_for_cpu or not torch.accelerator.is_available(),
+        activation_checkpointing=section.gradient_checkpointing,
+        use_cache=True,  # of the saved configuration; scoring asks for none
+        logging_steps=section.logging_steps,
+        logging_nan_inf_filter=False,
+        report_to=list(section.report_to) or "none",
+        save_strategy="no",  # the trainer's own callback says when
+        seed=options.seed % 2**32,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
+    )
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # one process drives one device; `accelerate launch` starts more
+    return args
+
+
+def _model(options: TrainOptions, args: TrainingArguments) -> Any:
+    """The initial student, with fresh adapters for LoRA. A checkpoint's weights are loaded over it."""
+    model = load_model(options.model, options.train.dtype, "cpu", options.train.trust_remote_code)
+    if (lora := options.train.lora) is None:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise missing_extra("peft", "lora") from error
+    from transformers import set_seed
+
+    set_seed(args.seed)
+    targets = lora.target_modules
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():  # peft 0.21 asks by a name that transformers 5.23 deprecates
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)
+
+
+def _metrics(course: Course, counts: Mapping[str, int]) -> dict[str, Any]:
+    """What the stage did, read from its log: counts over all steps, and the mean of the last steps' losses."""
+    lines = [json.loads(line) for line in course.log.read_text(encoding="utf-8").splitlines()]
+    last = lines[-FINAL_STEPS:]
+    metrics: dict[str, Any] = {
+        "steps": len(course.steps),
+        "steps_per_round": course.steps_per_round,
+        **counts,
+        "pairs": sum(line["pairs"] for line in lines),
+        "traces": sum(line["traces"] for line in lines),
+        "tokens": sum(line["tokens"] for line in lines),
+        "rejected_probability_max": max(line["rejected_probability_max"] for line in lines),
+    }
+    if "clamped" in lines[-1]:
+        metrics["clamped"] = round(sum(line["clamped"] * line["pairs"] for line in lines))
+    own = {"step", "round", "grad_norm", "learning_rate", "clamped", *metrics}
+    means = {name: sum(line[name] for line in last) / len(last) for name in last[-1] if name not in own}
+    return {**metrics, **means}
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _found(path: Path | None) -> Path:
+    """The path, which must be there by now."""
+    if path is None:
+        raise RunError("expected the folder of the round before and its checkpoint, found none; train it first")
+    return path

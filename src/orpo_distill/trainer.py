@@ -1,0 +1,385 @@
+"""The trainer: transformers' own, whose step is a whole optimizer step of groups.
+
+Checkpoints, schedules, mixed precision, FSDP, adapters and trackers are transformers'. The batch that its loop hands
+over is empty: step number n of the run trains on entry n of the course, in micro-batches dealt out to the processes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from orpo_distill.checkpoints import damaged, seal, sweep
+from orpo_distill.errors import OrpoDistillError, RunError, TrainingError
+from orpo_distill.groups import Row, collate, micro_batches
+from orpo_distill.interrupt import Stop
+from orpo_distill.objectives import Objective
+from orpo_distill.records import derive_seed, write_text
+from orpo_distill.scoring import picks_positions, score
+
+CHECKPOINTS_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a stage trains on: the rows of each of its optimizer steps, the first of which is the run's `first_step`."""
+
+    steps: Sequence[Sequence[Row]]
+    first_step: int
+    steps_per_round: int
+    objective: Objective
+    pairs_per_batch: int
+    log: Path  # one JSON line a step
+
+    @property
+    def last_step(self) -> int:
+        """How many steps the run has had when the course is done."""
+        return self.first_step + len(self.steps)
+
+    def rows(self, step: int) -> Sequence[Row]:
+        """The rows of the run's optimizer step number `step`, from 0."""
+        return self.steps[step - self.first_step]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What watches the training: a signal to stop, the clock for checkpoints, the progress bar."""
+
+    stop: Stop
+    checkpoint_minutes: float
+    advance: Callable[[int], None]
+
+
+def run(
+    model: nn.Module, tokenizer: Any, args: TrainingArguments, course: Course, watch: Watch, start: Path | None
+) -> None:
+    """Train `model` to the end of the course, from the checkpoint `start` if there is one, and save a last checkpoint.
+
+    Raises TrainingError where the loss is not finite or memory runs out, RunError for a checkpoint that cannot be read
+    or written.
+    """
+    trainer = None
+    try:
+        trainer = GroupTrainer(model, tokenizer, args, course, watch)
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    except (RuntimeError, MemoryError) as error:
+        words = ("out of memory", "can't allocate memory", "not enough memory")  # accelerators, Linux, Windows
+        if isinstance(error, MemoryError) or any(word in str(error) for word in words):
+            raise out_of_memory(trainer.under_way if trainer else (), course.pairs_per_batch) from error
+        raise
+
+
+class GroupTrainer(Trainer):
+    """Trains a model along a course. `tokenizer` is saved beside the weights."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, args: TrainingArguments, course: Course, watch: Watch) -> None:
+        super().__init__(model=model, args=args)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Flow(self, watch))
+        self.course = course
+        self.tokenizer = tokenizer
+        self._picks_positions = picks_positions(model)
+        self.under_way: Sequence[Row] = ()  # the rows of the micro-batch in memory
+        self._step: _Step
+        self._pending: list[_Step] = []  # steps not yet in the log
+        self._window: list[dict[str, Any]] = []  # log lines since trackers were told
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """One empty batch a step, on every process."""
+        return DataLoader(range(self.course.steps_per_round), batch_size=1, collate_fn=_empty)  # type: ignore[arg-type]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted."""
+        return 0
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One optimizer step's gradients: the mean loss over its pairs on all processes. Returns that mean."""
+        number = self.state.global_step
+        world: int = self.args.world_size
+        # Random numbers (dropout) are a function of the step, so that no interruption can shift them.
+        torch.manual_seed(derive_seed(self.args.seed, "dropout", number, self.args.process_index))
+        model.train()
+        rows = self.course.rows(number)
+        batches = micro_batches(rows, self.course.pairs_per_batch)
+        own = batches[self.args.process_index :: world]
+        # Every process does the same number of passes, because each of them is waited for. Spare ones weigh nothing.
+        spare = -(-len(batches) // world) - len(own)
+        self._step = _Step(number, rows, self._get_learning_rate())
+        for place, batch in enumerate([*own, *batches[:spare]], start=1):
+            last = place == len(own) + spare
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                self._pass(model, batch, counts=place <= len(own))
+        mean: Tensor = self._step.loss_sum / len(rows)
+        return mean * world  # transformers averages it over processes
+
+    def _pass(self, model: nn.Module, rows: Sequence[Row], counts: bool) -> None:
+        """Forward and backward of a micro-batch. The gradient is divided once, by the step's number of pairs."""
+        step, objective, self.under_way = self._step, self.course.objective, rows
+        batch = collate(rows, objective.scores_prompt, str(self.args.device))
+        scored = score(model, batch, self._picks_positions, step.mean_chosen_tokens(objective.scores_prompt))
+        loss = objective(scored)
+        # Gradients are averaged over processes afterwards, hence the factor.
+        self.accelerator.backward(loss.per_pair.sum() * (counts * self.args.world_size / len(step.rows)))
+        values = torch.stack([loss.per_pair.detach(), *loss.metrics.values()])
+        step.add(rows, values * counts, ("loss", *loss.metrics))
+        if len(scored.rejected):
+            step.add_rejected((scored.logp_sum.detach() / scored.tokens)[scored.rejected].max().exp() * counts)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        self._step.grad_norm = norm
+        finite = torch.isfinite(torch.cat([values[0] for values in self._step.values])).all()
+        if norm is not None:
+            finite = finite & torch.isfinite(torch.as_tensor(norm)).to(finite.device)
+        if self.any_process(not finite.item()):
+            raise self._not_finite()
+        self._pending.append(self._step)
+        return norm
+
+    def _not_finite(self) -> TrainingError:
+        """The error for a loss or gradient that is not finite. All processes must call it together."""
+        bad = self._step.not_finite()
+        if self.args.world_size > 1:
+            from accelerate.utils import gather_object
+
+            bad = gather_object(bad)
+        advice = "lower train.learning_rate or, if this is the first step, look for broken weights in the student"
+        if not bad:
+            longest = max(self._step.rows, key=lambda row: row.length)
+            found = f"a gradient norm of {self._step.grad_norm}, though every row's loss is finite"
+            return TrainingError(
+                f"expected finite gradients at step {self._step.number + 1}, found {found} (the longest of "
+                f"{len(self._step.rows)} rows is {longest.name}); {advice}"
+            )
+        more = f" and {len(bad) - 1} more of its {len(self._step.rows)} rows" if len(bad) > 1 else ""
+        return TrainingError(
+            f"expected a finite loss at step {self._step.number + 1}, found {bad[0]}{more}; {advice}; "
+            "if it is one row alone, remove that row"
+        )
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether `flag` holds on any process. All processes must call it together."""
+        if self.args.world_size == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device)).item())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Tell trackers: what transformers logs, and the method's metrics as means over the steps since last time."""
+        self._flush()
+        super().log({**_means(self._window), **logs}, start_time)
+        self._window.clear()
+
+    def _flush(self) -> None:
+        """Append the steps that are not yet in the log. All processes must call it together."""
+        if not self._pending:
+            return
+        sums = torch.stack([step.sums for step in self._pending])  # (S, K)
+        highest = torch.stack([step.rejected_max for step in self._pending])  # (S,)
+        if self.args.world_size > 1:
+            sums = self.accelerator.gather(sums[None]).sum(0)
+            highest = self.accelerator.gather(highest[None]).amax(0)
+        norms = torch.stack([torch.as_tensor(step.grad_norm, dtype=torch.float32) for step in self._pending])
+        numbers = zip(self._pending, sums.tolist(), highest.tolist(), norms.tolist(), strict=True)
+        lines = [step.line(self.course, *values) for step, *values in numbers]
+        if self.is_world_process_zero():
+            with self.course.log.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        self._window += lines
+        self._pending.clear()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Weights, configuration and tokenizer. Unlike transformers, no pickled arguments."""
+        if self.args.should_save:
+            model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            with _no_progress_bar():
+                model.save_pretrained(output_dir, state_dict=state_dict)
+            self.tokenizer.save_pretrained(output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._flush()
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal(folder)
+                sweep(folder.parent, CHECKPOINTS_KEPT)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise RunError(
+                f"expected to write a checkpoint in {folder.parent}, found: {error}; make room on that disk and run "
+                "the same command: it goes on from the last checkpoint"
+            ) from error
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Not needed: every step sets its own seed."""
+
+
+class _Flow(TrainerCallback):
+    """Says after each step whether to save and whether to stop."""
+
+    def __init__(self, trainer: GroupTrainer, watch: Watch) -> None:
+        self._trainer = trainer
+        self._watch = watch
+        self._saved = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        self._watch.advance(1)
+        done = state.global_step >= self._trainer.course.last_step
+        overdue = time.monotonic() - self._saved >= self._watch.checkpoint_minutes * 60
+        save = self._trainer.any_process(overdue and state.is_world_process_zero)
+        stop = self._trainer.any_process(self._watch.stop.requested)
+        control.should_log |= done
+        control.should_save |= save or stop or done
+        control.should_training_stop |= stop or done
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._saved = time.monotonic()
+
+
+class _Step:
+    """What one process gathers in an optimizer step. Numbers stay on the device until they are logged."""
+
+    def __init__(self, number: int, rows: Sequence[Row], learning_rate: float) -> None:
+        self.number = number
+        self.rows = rows
+        self.learning_rate = learning_rate
+        self.grad_norm: Any = None
+        self.names: tuple[str, ...] = ()
+        self.values: list[Tensor] = []  # of each micro-batch (K, B): the loss and the metrics of its pairs
+        self.passed: list[Row] = []
+        self._highest: list[Tensor] = []
+
+    def add(self, rows: Sequence[Row], values: Tensor, names: tuple[str, ...]) -> None:
+        """Take in a micro-batch's loss (first) and metrics, (K, B)."""
+        self.names = names
+        self.values.append(values)
+        self.passed += rows
+
+    def add_rejected(self, highest: Tensor) -> None:
+        """Take in the highest mean token probability among a micro-batch's rejected traces."""
+        self._highest.append(highest)
+
+    @property
+    def loss_sum(self) -> Tensor:
+        """The loss summed over this process's pairs."""
+        return self.sums[0]
+
+    @property
+    def sums(self) -> Tensor:
+        """(K,) the loss and the metrics summed over this process's pairs."""
+        return torch.cat(self.values, dim=1).sum(1)
+
+    @property
+    def rejected_max(self) -> Tensor:
+        """The highest mean token probability that a rejected trace had; 0 without rejected traces."""
+        return torch.stack(self._highest).max() if self._highest else self.values[0].new_zeros(())
+
+    def mean_chosen_tokens(self, with_prompt: bool) -> float:
+        """Mean over the step's pairs, on all processes, of the chosen side's scored tokens."""
+        total = sum(len(row.chosen) + (len(row.prompt) - 1 if with_prompt else 0) for row in self.rows)
+        return total / len(self.rows)
+
+    def not_finite(self) -> list[str]:
+        """The rows of this process whose loss is not finite, with the loss."""
+        losses = torch.cat([values[0] for values in self.values]).tolist()
+        return [f"{loss} for {row.name}" for row, loss in zip(self.passed, losses, strict=True) if loss - loss != 0]
+
+    def line(self, course: Course, sums: Sequence[float], rejected_max: float, grad_norm: float) -> dict[str, Any]:
+        """The step's line in the log. Nothing in it depends on time or machine."""
+        traces = {(row.prompt, trace) for row in self.rows for trace in (row.chosen, row.rejected) if trace}
+        return {
+            "step": self.number + 1,
+            "round": self.number // course.steps_per_round + 1,
+            **{name: value / len(self.rows) for name, value in zip(self.names, sums, strict=True)},
+            "rejected_probability_max": rejected_max,
+            "grad_norm": grad_norm,
+            "learning_rate": self.learning_rate,
+            "pairs": len(self.rows),
+            "traces": len(traces),
+            "tokens": sum(len(trace) for _, trace in traces),
+        }
+
+
+def cut_log(log: Path, step: int) -> None:
+    """Drop the log's lines of steps after `step`: what a resumed run is about to do again."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_text(log, "".join(kept))
+
+
+def out_of_memory(rows: Sequence[Row], pairs_per_batch: int) -> TrainingError:
+    """The error for a micro-batch that does not fit, with the setting to lower and the longest group."""
+    if not rows:
+        return TrainingError(
+            "expected the student to fit into memory, found that it does not; use train.dtype: bfloat16, train.lora or "
+            "a smaller student"
+        )
+    longest = max(rows, key=lambda row: row.length)
+    lower = f"lower train.pairs_per_batch (now {pairs_per_batch})"
+    if pairs_per_batch == 1:
+        lower = "set train.gradient_checkpointing: true, or lower train.max_length and pairs.max_response_tokens"
+    return TrainingError(
+        f"expected a micro-batch of {len(rows)} pairs to fit into memory, found that it does not; its longest group "
+        f"has {longest.length} tokens: {longest.name}; {lower}"
+    )
+
+
+def _means(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The mean of every metric that is one (the loss and the like are transformers' to log)."""
+    own = {"step", "round", "loss", "grad_norm", "learning_rate", "pairs", "traces", "tokens"}
+    names = [name for name in lines[0] if name not in own] if lines else []
+    return {name: sum(line[name] for line in lines) / len(lines) for name in names}
+
+
+def _empty(_: Any) -> dict[str, Any]:
+    return {}
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers shows a bar for every checkpoint that it writes."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """Whatever goes wrong while a checkpoint is read is the checkpoint's fault."""
+    try:
+        yield
+    except OrpoDistillError:
+        raise
+    except Exception as error:
+        raise damaged(Path(str(checkpoint)), error) from error
