@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -106,7 +107,7 @@ def student_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def teacher_model(vocabulary: int, **ids: int | None) -> PreTrainedModel:
+def teacher_model(vocabulary: int, **ids: Any) -> PreTrainedModel:
     """Qwen3: RMS norm, SwiGLU, normed queries and keys, grouped heads, tied embeddings."""
     config = Qwen3Config(
         vocab_size=vocabulary,
@@ -123,7 +124,7 @@ def teacher_model(vocabulary: int, **ids: int | None) -> PreTrainedModel:
     return Qwen3ForCausalLM(config)
 
 
-def student_model(vocabulary: int, **ids: int | None) -> PreTrainedModel:
+def student_model(vocabulary: int, **ids: Any) -> PreTrainedModel:
     """GPT-NeoX: layer norm, GELU, attention beside the MLP, half rotary, untied embeddings."""
     config = GPTNeoXConfig(
         vocab_size=vocabulary,
@@ -150,7 +151,7 @@ class Role:
 
 
 ROLES = {
-    "teacher": Role("teacher", teacher_tokenizer, teacher_model, 1013),
+    "teacher": Role("teacher", teacher_tokenizer, teacher_model, 600),
     "student": Role("student", student_tokenizer, student_model, 2225),
 }
 
@@ -245,7 +246,7 @@ def build_checkpoint(role: Role, lessons: Iterator[tuple[str, str]], seed: int, 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     sample = list(islice(lessons, 4000))
-    tokenizer = role.tokenizer([prompt_text_like(question) + trace for question, trace in sample])
+    tokenizer = role.tokenizer([tokenizer_text(question) + trace for question, trace in sample])
     check_tokenizer(tokenizer, sample)
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     model = role.model(len(tokenizer), **ids)
@@ -254,9 +255,10 @@ def build_checkpoint(role: Role, lessons: Iterator[tuple[str, str]], seed: int, 
     model.generation_config = GenerationConfig(**ids)
     model.to(torch.float16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # readable like the files beside it
     return time.monotonic() - started
 
 
-def prompt_text_like(question: str) -> str:
+def tokenizer_text(question: str) -> str:
     """A question as tokenizers are trained on it: the words of the teacher's template are worth tokens too."""
     return f"Question: {question}\nAnswer:\n"

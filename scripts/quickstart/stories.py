@@ -25,6 +25,7 @@ LOSSES = ("loses", "gives away", "uses up", "lends", "drops", "sells")
 FACTORS = {"doubles": 2, "triples": 3}
 HALVES = ("gives away half of", "keeps only half of")
 HASTY_VERBS = frozenset({"wins", "lends", "drops", "sells"})
+HASTE = {"gain": 0.85, "loss": 0.85, "bags": 0.7, "times": 0.85}
 KINDS = ("gain", "loss", "bags", "times", "half")
 KIND_WEIGHTS = (30, 30, 15, 11, 14)
 
@@ -106,7 +107,7 @@ def _event(rng: Random) -> Event:
     """Draw an event without looking at the number of things it happens to."""
     kind = rng.choices(KINDS, KIND_WEIGHTS)[0]
     if kind == "bags":
-        return Event(kind, "buys", rng.randint(2, 8), rng.randint(2, 5))
+        return Event(kind, "buys", rng.randint(2, 6), rng.randint(2, 4))
     if kind == "times":
         verb = rng.choice(tuple(FACTORS))
         return Event(kind, verb, FACTORS[verb])
@@ -169,15 +170,15 @@ def _values(start: int, steps: list[Step]) -> list[int] | None:
 
 
 def _hasty_steps(story: Story, rng: Random) -> list[Step]:
-    """Take weak events wrongly, each with probability 0.85; 3 % of traces slip, 3 % leave an event out.
+    """Take weak events wrongly with probability `HASTE`; 3 % of traces slip, 3 % leave an event out.
 
-    Readings that leave the range are drawn again, so about 0.75 of the weak events end up wrong.
+    Readings that leave the range are drawn again, so fewer weak events than that end up wrong.
     """
     for _ in range(24):
         steps = []
         for event in story.events:
             wrong = Step.hasty(event)
-            steps.append(wrong if wrong and rng.random() < 0.85 else Step.of(event))
+            steps.append(wrong if wrong and rng.random() < HASTE[event.kind] else Step.of(event))
         mishap = rng.random()
         at = rng.randrange(len(steps))
         if mishap < 0.03:
