@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, PositiveInt, SerializeAsAny, ValidationError, model_validator
@@ -21,6 +21,8 @@ from orpo_distill.objectives import Objective
 from orpo_distill.samplers import Decoding, Sampler
 from orpo_distill.tasks import Task
 
+C = TypeVar("C", bound=Component)
+M = TypeVar("M", bound=BaseModel)
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -184,10 +186,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(data: dict[str, Any]) -> Config:
     """Validate settings that are already plain data. Raises ConfigError with every problem found."""
+    return _validate(Config, data, "")
+
+
+def parse_component(family: type[C], spec: dict[str, Any], where: str) -> C:
+    """A component from its options, for instance of the command line's flag `where`. Raises ConfigError."""
+    return _validate(family, spec, f"{where}: ")
+
+
+def _validate(model: type[M], data: dict[str, Any], where: str) -> M:
     try:
-        return Config.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError([_explain(item, data) for item in error.errors()]) from error
+        # A default that could not be computed follows from another error.
+        found = [item for item in error.errors() if item["type"] != "default_factory_not_called"]
+        raise ConfigError([where + _explain(item, model, data) for item in found]) from error
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -222,37 +235,33 @@ def _numbers(value: Any) -> Any:
     return value
 
 
-def _explain(error: Any, data: Any) -> str:
+def _explain(error: Any, model: type[BaseModel], data: Any) -> str:
     """One of pydantic's errors in a user's words."""
     location = [str(part) for part in error["loc"]]
-    where = ".".join(location) or "config"
+    where = ".".join(location)
     if error["type"] == "extra_forbidden":
-        near = get_close_matches(location[-1], _siblings(location[:-1], data), n=1)
+        near = get_close_matches(location[-1], _known_keys(model, location[:-1], data), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{where}: unknown key{hint}"
     if error["type"] == "missing":
         return f"{where}: expected a value, found none; add it to the config"
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    return f"{where}: {message}" if "found" in message else f"{where}: {message}, found {error['input']!r}"
+    message = message if "found" in message else f"{message}, found {error['input']!r}"
+    return f"{where}: {message}" if where else message
 
 
-def _siblings(location: Sequence[str], data: Any) -> list[str]:
-    """The keys that are known at a place of the config."""
-    model: type[BaseModel] = Config
-    for part in location:
-        data = data.get(part) if isinstance(data, dict) else None
-        field = model.model_fields.get(part)
-        if field is None:
-            return []
-        kinds = [kind for kind in _classes(field.annotation) if issubclass(kind, BaseModel)]
-        if not kinds:
-            return []
-        model = kinds[0]
-        if issubclass(model, Component) and "types" in model.__dict__:
-            name = data.get("type", "") if isinstance(data, dict) else str(data)
-            model = component_class(model, name)
-    return list(model.model_fields)
+def _known_keys(model: type[BaseModel], location: Sequence[str], data: Any) -> list[str]:
+    """The keys that are known at a place of the settings."""
+    if issubclass(model, Component) and "types" in model.__dict__:
+        name = data.get("type", "") if isinstance(data, dict) else str(data)
+        model = component_class(model, name)
+    if not location:
+        return list(model.model_fields)
+    field = model.model_fields.get(location[0])
+    kinds = [kind for kind in _classes(field.annotation if field else None) if issubclass(kind, BaseModel)]
+    inner = data.get(location[0]) if isinstance(data, dict) else None
+    return _known_keys(kinds[0], location[1:], inner) if kinds else []
 
 
 def _classes(annotation: Any) -> list[type[Any]]:

@@ -51,8 +51,9 @@ class FinishReason(StrEnum):
 class Trace:
     """One sampled text: who wrote it, for which problem, as which of its K samples.
 
-    `policy` is `teacher` or `student-R` (R = rounds of training it has had). Token counts are the sampler's own,
-    None where it cannot tell.
+    `policy` is `teacher` or `student-R` (R = rounds of training it has had). `prompt_id` is a hash of the messages that
+    were sent, so that a changed prompt or question is never answered with an old text. Token counts are the sampler's
+    own, None where it cannot tell.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Trace:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     error: str = ""
+    prompt_id: str = ""
 
     @staticmethod
     def make_id(policy: str, problem_id: str, sample_index: int, text: str) -> str:
@@ -112,6 +114,18 @@ class Pair:
     rejected_id: str
     chosen_policy: str
     rejected_policy: str
+    rejected_cut: bool = False  # cut at max_new_tokens: training appends no end-of-sequence token
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model answered to one problem when it was evaluated."""
+
+    problem_id: str
+    split: str
+    gold: str
+    answer: str | None
+    outcome: Outcome
 
 
 class Record(Protocol):
@@ -135,9 +149,9 @@ def derive_seed(*parts: object) -> int:
 
 def to_json(record: Record) -> str:
     """One line without its newline. Text that UTF-8 cannot hold (lone surrogates) is escaped."""
-    data = dataclasses.asdict(record)
-    line = json.dumps(data, ensure_ascii=False)
-    return line if line.isascii() or _encodable(line) else json.dumps(data)
+    data = {name: getattr(record, name) for name in record.__dataclass_fields__}
+    line = json.dumps(data, ensure_ascii=False, default=dataclasses.asdict)
+    return line if line.isascii() or _encodable(line) else json.dumps(data, default=dataclasses.asdict)
 
 
 def from_json(record_type: type[R], data: Mapping[str, Any]) -> R:
@@ -272,6 +286,7 @@ _CONVERTERS: Mapping[type[Any], Mapping[str, Callable[[Any], Any]]] = types.Mapp
         Problem: {"choices": tuple},
         Trace: {"finish_reason": FinishReason},
         Verdict: {"outcome": Outcome},
+        Answer: {"outcome": Outcome},
         Pair: {"prompt": _messages},
     }
 )

@@ -1,0 +1,169 @@
+"""The command line. Exit codes: 0 done, 1 the work could not be done, 2 wrong command line or config, 130 and 143
+stopped by Ctrl-C and SIGTERM (everything is kept: the same command goes on)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from orpo_distill import __version__
+from orpo_distill.config import load_config, parse_component
+from orpo_distill.errors import ConfigError, Interrupted, OrpoDistillError
+from orpo_distill.experiment import run as run_experiment
+from orpo_distill.experiment import status as run_status
+from orpo_distill.interrupt import signals_raise
+from orpo_distill.progress import say
+from orpo_distill.samplers import Decoding, Sampler
+from orpo_distill.tasks import Task
+from orpo_distill.verifiers import Verifier
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+QUICKSTART = Path(__file__).parent / "quickstart"
+"""The embedded default: two checkpoints, problems and a config."""
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings, for instance train.learning_rate=1e-5")]
+Redo = Annotated[list[str] | None, typer.Option(help="make this stage, and what depends on it, anew (repeatable)")]
+Keep = Annotated[list[str] | None, typer.Option(help="accept this stage although its settings changed (repeatable)")]
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="an experiment's YAML file")],
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="stop after this stage")] = None,
+    pilot: Annotated[int | None, typer.Option(min=1, help="only up to pairs, on this many problems")] = None,
+    redo: Redo = None,
+    keep: Keep = None,
+) -> None:
+    """Distil: run every stage that is missing, to the report and the final student."""
+    settings = load_config(config, overrides or ())
+    if pilot is not None:
+        from orpo_distill.pilot import pilot as run_pilot
+
+        print(run_pilot(settings, pilot, redo or (), keep or ()))
+        return
+    folder = run_experiment(settings, until, redo or (), keep or ())
+    if until is None:
+        _print_results(folder)
+    else:
+        say(f"done up to {until}: {folder / until}")
+
+
+@app.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="an experiment's YAML file")],
+    overrides: Overrides = None,
+    show: Annotated[int, typer.Option(min=0, help="print this many rendered prompts and one training row")] = 0,
+) -> None:
+    """Find every error of a config, then print the plan with its sizes. Loads no model."""
+    from orpo_distill.preview import plan_table, rendered
+
+    settings = load_config(config, overrides or ())
+    _print_table(plan_table(settings))
+    if show:
+        print(rendered(settings, show))
+
+
+@app.command()
+def status(folder: Annotated[Path, typer.Argument(help="a run folder, for instance runs/quickstart")]) -> None:
+    """Say which stages of a run are finished."""
+    rows = [("stage", "state", "counts")]
+    for name, state, metrics in run_status(folder):
+        counts = ", ".join(f"{key} {value}" for key, value in metrics.items() if isinstance(value, int))
+        rows.append((name, state, counts))
+    _print_table(rows)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a checkpoint folder or hub id")],
+    task: Annotated[str, typer.Option(help="a task's name, or its options as YAML: '{type: jsonl, ...}'")],
+    path: Annotated[Path | None, typer.Option(help="the task's local folder or file")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="number of problems")] = None,
+    split: Annotated[str, typer.Option(help="the split to answer")] = "test",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    sampler: Annotated[str, typer.Option(help="a sampler's name, or its options as YAML")] = "hf",
+) -> None:
+    """Measure a model on a task; prints JSON with n, correct, accuracy, low, high."""
+    from orpo_distill.stages.evaluate import evaluate_model
+
+    spec = _spec(task)
+    if path is not None:
+        spec["path"] = str(path)
+    decoding = Decoding(temperature=0.0, max_new_tokens=max_new_tokens)
+    engine = parse_component(Sampler, _spec(sampler), "--sampler")
+    print(json.dumps(evaluate_model(model, parse_component(Task, spec, "--task"), engine, decoding, split, limit)))
+
+
+@app.command()
+def verify(
+    verifier: Annotated[str, typer.Option(help="number, choice, yes_no, exact, math, or module:Class")],
+) -> None:
+    """Judge JSON Lines (text, answer, optional question, choices, finish_reason): verdicts with reasons out."""
+    from orpo_distill.cases import judge_lines
+
+    for line in judge_lines(parse_component(Verifier, _spec(verifier), "--verifier"), sys.stdin):
+        print(line, flush=True)
+
+
+@app.command()
+def quickstart(overrides: Overrides = None, redo: Redo = None, keep: Keep = None) -> None:
+    """Run the whole job on the embedded tiny teacher and student (about 2 minutes on 2 CPU cores)."""
+    embedded = [
+        f"task.path={QUICKSTART / 'problems'}",
+        f"teacher.model={QUICKSTART / 'teacher'}",
+        f"student.model={QUICKSTART / 'student'}",
+    ]
+    settings = load_config(QUICKSTART / "quickstart.yaml", [*embedded, *(overrides or ())])
+    _print_results(run_experiment(settings, None, redo or (), keep or ()))
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: errors become one message and an exit code."""
+    try:
+        with signals_raise():
+            app(standalone_mode=True)
+    except Interrupted as error:
+        say("interrupted; everything finished so far is kept: run the same command to go on")
+        raise SystemExit(error.exit_code) from None
+    except OrpoDistillError as error:
+        say(f"error: {error}")
+        raise SystemExit(error.exit_code) from None
+
+
+def _spec(text: str) -> dict[str, Any]:
+    """A component's options from the command line: a name, or a mapping in YAML."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"expected a name or a mapping in YAML, found {text!r}: {error}") from error
+    return value if isinstance(value, dict) else {"type": str(value)}
+
+
+def _print_results(folder: Path) -> None:
+    from orpo_distill.stages.report import headline_text, results_table
+
+    content: dict[str, Any] = json.loads((folder / "report" / "report.json").read_bytes())
+    _print_table(results_table(content["results"]))
+    print(headline_text(content["headline"]))
+    print(f"report: {folder / 'report' / 'report.md'}   model: {folder / 'student'}")
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns on stdout."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,98 @@
+"""Run an experiment, or look at one: what the command line and the Python API call."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orpo_distill.config import Config, load_config
+from orpo_distill.errors import RunError
+from orpo_distill.launch import Launcher
+from orpo_distill.plan import plan, select
+from orpo_distill.progress import say
+from orpo_distill.records import write_text
+from orpo_distill.runs import Metrics, RunFolder, Stage, environment, execute
+
+
+def run(config: Config, until: str | None = None, redo: Sequence[str] = (), keep: Sequence[str] = ()) -> Path:
+    """Bring a run up to date, to the end or to the stage `until`. Returns the run folder.
+
+    Started again after a kill, or with more samples or problems, it makes only what is missing. Raises
+    OrpoDistillError's children; every message says what to do.
+    """
+    stages = plan(config)
+    if until is not None:
+        stages = select(stages, until)
+    folder = RunFolder(config.run_dir)
+    with folder.lock():
+        write_text(folder.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        write_text(folder.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        execute(stages, folder, _Timed(Launcher(config.launch), folder), redo, keep)
+    return folder.path
+
+
+def status(path: Path) -> list[tuple[str, str, Metrics]]:
+    """The stages of a run folder, each with `finished`, `unfinished` or `not started`, and its metrics."""
+    config = path / "config.yaml"
+    if not config.exists():
+        raise RunError(f"expected a run folder with a config.yaml at {path}, found none; name a folder in runs/")
+    folder = RunFolder(path)
+    rows: list[tuple[str, str, Metrics]] = []
+    for stage in plan(load_config(config)):
+        manifest = folder.manifest(stage.name)
+        if manifest:
+            rows.append((stage.name, "finished", manifest.metrics))
+        else:
+            started = folder.asked(stage.name) is not None
+            rows.append((stage.name, "unfinished" if started else "not started", {}))
+    return rows
+
+
+class _Timed:
+    """Says what starts, and keeps the seconds each stage took in `times.json`, apart from the results."""
+
+    def __init__(self, launcher: Launcher, folder: RunFolder) -> None:
+        self._launcher = launcher
+        self._path = folder.path / "times.json"
+
+    def __call__(self, stage: Stage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+        say(f"{stage.name} ...")
+        started = time.monotonic()
+        metrics = self._launcher(stage, inputs, out)
+        seconds = time.monotonic() - started
+        times: dict[str, Any] = json.loads(self._path.read_bytes()) if self._path.exists() else {}
+        times[stage.name] = round(times.get(stage.name, 0.0) + seconds, 2)
+        write_text(self._path, json.dumps(times, indent=1) + "\n")
+        say(f"{stage.name}: {_brief(stage, metrics)} ({seconds:.1f} s)")
+        return metrics
+
+
+# What is said of a finished stage, by the name of its work; everything it counted stands in its manifest.
+SAID = {
+    "problems": ("train", "test", "validation"),
+    "sample": ("traces", "completion_tokens"),
+    "verify": ("correct", "wrong", "ambiguous", "unparseable", "truncated", "failed"),
+    "pair": ("pairs", "paired_problems", "fell_back"),
+    "train": ("steps", "tokens", "nll_loss", "rewards/accuracies"),
+}
+
+
+def _brief(stage: Stage, metrics: Metrics) -> str:
+    """A stage's main counts on one line."""
+    keys = SAID.get(stage.work.partition(":")[2], ())
+    counts = [
+        f"{metrics[key]:.4g} {key}" if isinstance(metrics[key], float) else f"{metrics[key]} {key}"
+        for key in keys
+        if metrics.get(key) is not None
+    ]
+    scores = [
+        f"{row['accuracy']:.1%} of {row['n']} on {split}"
+        for split, row in metrics.items()
+        if isinstance(row, dict) and "accuracy" in row and "n" in row and "split" in row
+    ]
+    return ", ".join([*counts, *scores]) or "done"

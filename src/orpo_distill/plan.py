@@ -1,0 +1,245 @@
+"""The whole algorithm, as one pure function from a config to the stages that carry it out.
+
+ORPO-Distill, arXiv 2509.25100: sample teacher and initial student, verify, pair, train; before each later round sample
+from the latest student what the coin of phi sends there, verify, pair, train on.
+"""
+
+from __future__ import annotations
+
+from orpo_distill.config import Config
+from orpo_distill.errors import ConfigError
+from orpo_distill.mixing import phi_of_round
+from orpo_distill.objectives import Objective
+from orpo_distill.runs import Stage
+from orpo_distill.samplers import Sampler
+from orpo_distill.stages.evaluate import EvaluateOptions
+from orpo_distill.stages.export import ExportOptions
+from orpo_distill.stages.pair import PairOptions
+from orpo_distill.stages.problems import ProblemsOptions
+from orpo_distill.stages.report import ReportOptions
+from orpo_distill.stages.sample import SampleOptions
+from orpo_distill.stages.train import TrainOptions
+from orpo_distill.stages.verify import VerifyOptions
+
+# Options of a task that a stage's work does not read: changing them leaves its traces, verdicts and pairs as they are.
+SOURCE = ("task.path", "task.hub_id", "task.hub_config")
+VERIFIER = ("task.verifier",)
+ASKING = ("task.prompt", "task.system", "task.examples")
+
+
+def plan(config: Config) -> list[Stage]:
+    """Every stage of a run, in an order in which each one's inputs come before it."""
+    uses_negatives = "rejected" in config.objective.requires
+    uses_student = uses_negatives and config.pairs.negatives_from == "student"
+    stages = [_problems(config), *_sampled(config, "teacher")]
+    if uses_student:
+        stages += _sampled(config, "student-0")
+    stages += [_pair(config, 1), _evaluate(config, "baseline", "student-0", model=config.student.model)]
+    for number in range(1, config.rounds + 1):
+        if number > 1:
+            if uses_student and _phi(config, number) > 0:
+                stages += _sampled_latest(config, number)
+            stages.append(_pair(config, number))
+        stages += [_train(config, number), _evaluate(config, f"round-{number}/evaluate", f"student-{number}")]
+    if config.evaluate.teacher:
+        stages.append(_evaluate(config, "teacher-evaluate", "teacher", model=config.teacher.model))
+    if config.evaluate.sft:
+        stages += _sft(config)
+    return [*stages, _report(config, stages), _export(config)]
+
+
+def _problems(config: Config) -> Stage:
+    return Stage(
+        "problems",
+        "orpo_distill.stages.problems:problems",
+        ProblemsOptions(task=config.task, problems=config.problems),
+        outputs=("problems.jsonl", "validation.jsonl", "test.jsonl"),
+        grows=frozenset({"problems.limit"}),
+        ignores=ASKING,
+    )
+
+
+def _sampled(config: Config, policy: str) -> list[Stage]:
+    """Sample and verify the teacher or the initial student on every train problem."""
+    role = config.teacher if policy == "teacher" else config.student
+    options = SampleOptions(
+        task=config.task,
+        sampler=role.sampler,
+        model=role.model,
+        decoding=role.decoding,
+        samples=role.samples,
+        policy=policy,
+        prefix=config.teacher.prefix if policy == "teacher" else "",
+        seed=config.seed,
+    )
+    return [_sample_stage(policy, options, {"problems": "problems"}), _verify(config, f"{policy}-verdicts", policy)]
+
+
+def _sampled_latest(config: Config, number: int) -> list[Stage]:
+    """Sample and verify, for round `number`, what the coin sends to the student of the round before."""
+    options = SampleOptions(
+        task=config.task,
+        sampler=config.student.sampler,
+        model=None,
+        decoding=config.student.decoding,
+        samples=config.student.samples,
+        policy=f"student-{number - 1}",
+        seed=config.seed,
+        round=number,
+        phi=_phi(config, number),
+        phi_unit=config.pairs.phi_unit,
+    )
+    name = f"round-{number}/student"
+    inputs = {"problems": "problems", "model": f"round-{number - 1}/train"}
+    return [_sample_stage(name, options, inputs), _verify(config, f"{name}-verdicts", name)]
+
+
+def _sample_stage(name: str, options: SampleOptions, inputs: dict[str, str]) -> Stage:
+    return Stage(
+        name,
+        "orpo_distill.stages.sample:sample",
+        options,
+        inputs,
+        outputs=("traces.jsonl",),
+        grows=frozenset({"samples", "inputs.problems"}),
+        ignores=SOURCE + VERIFIER,
+        precious=True,
+    )
+
+
+def _verify(config: Config, name: str, traces: str) -> Stage:
+    return Stage(
+        name,
+        "orpo_distill.stages.verify:verify",
+        VerifyOptions(task=config.task),
+        {"problems": "problems", "traces": traces},
+        outputs=("verdicts.jsonl",),
+        grows=frozenset({"inputs.traces"}),
+        ignores=SOURCE + ASKING,
+    )
+
+
+def _pair(config: Config, number: int) -> Stage:
+    uses_negatives = "rejected" in config.objective.requires
+    phi = _phi(config, number)
+    options = PairOptions(
+        **{**dict(config.pairs), "phi": phi},
+        task=config.task,
+        round=number,
+        seed=config.seed,
+        samples=config.student.samples,
+        tokenizer=config.student.model,
+        trust_remote_code=config.train.trust_remote_code,
+        max_length=config.train.max_length,
+        needs_rejected=uses_negatives,
+    )
+    inputs = {"problems": "problems", "teacher": "teacher", "teacher-verdicts": "teacher-verdicts"}
+    if uses_negatives and config.pairs.negatives_from == "student":
+        inputs |= {"initial": "student-0", "initial-verdicts": "student-0-verdicts"}
+        if phi > 0:
+            latest = f"round-{number}/student"
+            inputs |= {"latest": latest, "latest-verdicts": f"{latest}-verdicts"}
+    return Stage(
+        f"round-{number}/pairs",
+        "orpo_distill.stages.pair:pair",
+        options,
+        inputs,
+        outputs=("pairs.jsonl",),
+        grows=frozenset({"samples"}),  # more traces are another input, so the stage is made anew
+        ignores=SOURCE + VERIFIER,
+    )
+
+
+def _train(config: Config, number: int) -> Stage:
+    inputs = {"pairs": f"round-{number}/pairs"}
+    if number > 1:
+        inputs["previous"] = f"round-{number - 1}/train"
+    options = _train_options(config, config.objective, number, number)
+    return Stage(f"round-{number}/train", "orpo_distill.stages.train:train", options, inputs, outputs=("model",))
+
+
+def _train_options(config: Config, objective: Objective, first: int, last: int) -> TrainOptions:
+    return TrainOptions(
+        model=config.student.model,
+        train=config.train,
+        objective=objective,
+        rounds=config.rounds,
+        first_round=first,
+        last_round=last,
+        seed=config.seed,
+    )
+
+
+def _sft(config: Config) -> list[Stage]:
+    """The control: as many epochs of plain likelihood on the chosen side of round 1's rows."""
+    options = _train_options(config, Objective.model_validate("sft"), 1, config.rounds)
+    train = Stage(
+        "sft/train", "orpo_distill.stages.train:train", options, {"pairs": "round-1/pairs"}, outputs=("model",)
+    )
+    return [train, _evaluate(config, "sft/evaluate", "sft")]
+
+
+def _evaluate(config: Config, name: str, policy: str, model: str | None = None) -> Stage:
+    """Evaluate a policy; without `model` it is the one trained by the stage `train` beside the evaluation."""
+    is_teacher = policy == "teacher"
+    limits = {"test": config.evaluate.limit}
+    if not is_teacher and config.problems.validation is not None:
+        limits["validation"] = config.evaluate.validation_limit
+    options = EvaluateOptions(
+        task=config.task,
+        sampler=_evaluation_sampler(config, is_teacher),
+        decoding=config.evaluate.decoding,
+        model=model,
+        policy=policy,
+        prefix=config.teacher.prefix if is_teacher else "",
+        limits=limits,
+        seed=config.problems.seed,
+    )
+    inputs = {"problems": "problems"} | ({} if model else {"model": name.replace("evaluate", "train")})
+    grows = frozenset({"limits.test", "limits.validation", "inputs.problems"})
+    return Stage(
+        name, "orpo_distill.stages.evaluate:evaluate", options, inputs, ("results.json",), grows, ignores=SOURCE
+    )
+
+
+def _evaluation_sampler(config: Config, is_teacher: bool) -> Sampler:
+    return config.teacher.sampler if is_teacher else config.student.sampler
+
+
+def _report(config: Config, stages: list[Stage]) -> Stage:
+    inputs: dict[str, str] = {}
+    for stage in stages:
+        options = stage.options
+        key = f"evaluate:{options.policy}" if isinstance(options, EvaluateOptions) else stage.name
+        inputs[key] = stage.name
+    options = ReportOptions(name=config.name, rounds=config.rounds)
+    return Stage("report", "orpo_distill.stages.report:report", options, inputs, outputs=("report.json", "report.md"))
+
+
+def _export(config: Config) -> Stage:
+    options = ExportOptions(
+        name=config.name,
+        teacher=config.teacher.model,
+        student=config.student.model,
+        task=type(config.task).__name__,
+        trust_remote_code=config.train.trust_remote_code,
+    )
+    inputs = {"model": f"round-{config.rounds}/train", "report": "report"}
+    return Stage("student", "orpo_distill.stages.export:export", options, inputs, outputs=("config.json",))
+
+
+def _phi(config: Config, number: int) -> float:
+    return phi_of_round(config.pairs.phi, number, config.rounds)
+
+
+def select(stages: list[Stage], until: str) -> list[Stage]:
+    """The stages that `until` needs, and itself. Raises ConfigError for a name that is no stage."""
+    by_name = {stage.name: stage for stage in stages}
+    if until not in by_name:
+        raise ConfigError(f"expected one of the stages {', '.join(by_name)}, found {until!r}")
+    wanted, queue = set(), [until]
+    while queue:
+        name = queue.pop()
+        wanted.add(name)
+        queue += [source for source in by_name[name].inputs.values() if source not in wanted]
+    return [stage for stage in stages if stage.name in wanted]

@@ -1,0 +1,127 @@
+"""What a config will do, before it does it: the plan with its sizes, rendered prompts, and one training row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil
+from typing import TYPE_CHECKING, TypeVar
+
+from orpo_distill.component import Component
+from orpo_distill.config import Config
+from orpo_distill.errors import ConfigError, OrpoDistillError
+from orpo_distill.mixing import phi_of_round
+from orpo_distill.models import checkpoint_folder
+from orpo_distill.plan import plan
+from orpo_distill.records import Problem
+from orpo_distill.runs import Stage
+from orpo_distill.sampling import with_prefix
+from orpo_distill.tasks import take
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Table = list[tuple[str, ...]]
+T = TypeVar("T")
+
+
+def plan_table(config: Config) -> Table:
+    """Stages with their sizes. Loads a local data set, but no model. Raises ConfigError with every problem found."""
+    train, test = _checked_counts(config)
+    return [("stage", "size"), *((stage.name, _size(stage, config, train, test)) for stage in plan(config))]
+
+
+def rendered(config: Config, count: int) -> str:
+    """`count` prompts as teacher and student read them, and one training row with its masked part marked.
+
+    Loads the tokenizers of local and hub checkpoints (not the models). The row's response is a stand-in that only
+    states the gold answer, because no trace exists yet.
+    """
+    from orpo_distill.models import load_tokenizer
+    from orpo_distill.samplers.prompts import render
+
+    problems = take(config.task.load(config.problems.train), config.problems.limit, config.problems.seed)[:count]
+    student = load_tokenizer(config.student.model, config.train.trust_remote_code)
+    teacher: PreTrainedTokenizerBase | None = None
+    if _is_local_model(config.teacher.sampler):
+        teacher = load_tokenizer(config.teacher.model)
+    parts = []
+    for problem in problems:
+        messages = config.task.messages(problem)
+        asked = with_prefix(messages, config.teacher.prefix)
+        text = render(teacher, asked) if teacher else "\n".join(f"[{m.role}] {m.content}" for m in asked)
+        parts += [f"--- teacher, {problem.id}", text, f"--- student, {problem.id}", render(student, messages)]
+    return "\n".join([*parts, *_training_row(config, problems[0], student)])
+
+
+def _training_row(config: Config, problem: Problem, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    from orpo_distill.samplers.prompts import encode_prompt
+
+    prompt = encode_prompt(tokenizer, config.task.messages(problem))
+    response = tokenizer(f"... The answer is {problem.answer}.", add_special_tokens=False)["input_ids"]
+    ids = [*response, tokenizer.eos_token_id]
+    return [
+        f"--- training row: {len(prompt)} masked tokens between [[ and ]], then {len(ids)} trained ones",
+        f"[[{tokenizer.decode(prompt)}]]{tokenizer.decode(ids)}",
+    ]
+
+
+def _checked_counts(config: Config) -> tuple[int | None, int | None]:
+    """Numbers of train and test problems of a local data set, None for one on the hub."""
+    problems: list[str] = []
+
+    def attempt(check: Callable[[str], T], argument: str) -> T | None:
+        try:
+            return check(argument)
+        except OrpoDistillError as error:
+            problems.append(str(error))
+            return None
+
+    attempt(checkpoint_folder, config.student.model)
+    if _is_local_model(config.teacher.sampler):
+        attempt(checkpoint_folder, config.teacher.model)
+    train = test = None
+    if getattr(config.task, "path", None) is not None:
+        train, test = (attempt(config.task.load, split) for split in (config.problems.train, config.problems.test))
+    if problems:
+        raise ConfigError(problems)
+    return _capped(train, config.problems.limit), _capped(test, config.evaluate.limit)
+
+
+def _is_local_model(sampler: Component) -> bool:
+    return sampler.types["hf"].endswith(f":{type(sampler).__qualname__}")
+
+
+def _capped(found: list[Problem] | None, limit: int | None) -> int | None:
+    known = [number for number in (None if found is None else len(found), limit) if number is not None]
+    return min(known) if known else None
+
+
+def _size(stage: Stage, config: Config, train: int | None, test: int | None) -> str:
+    """A stage's size in words; sizes that depend on what models write are upper bounds."""
+    number = int(stage.name.split("/")[0].removeprefix("round-")) if stage.name.startswith("round-") else 0
+    kind = stage.work.partition(":")[2]
+    if kind == "problems":
+        return f"{_times(train, 1)} to train on, {_times(test, 1)} to test on"
+    if kind in ("sample", "verify"):
+        role = config.teacher if stage.name.startswith("teacher") else config.student
+        share = phi_of_round(config.pairs.phi, number, config.rounds) if number else 1.0
+        about = "" if share == 1 else "about "
+        traces = f"{about}{_times(train, role.samples * share)} traces"
+        return f"{traces} of at most {role.decoding.max_new_tokens} tokens" if kind == "sample" else traces
+    if kind == "pair":
+        return f"at most {_times(train, config.pairs.per_problem)} pairs"
+    if kind == "train":
+        rounds = config.rounds if stage.name.startswith("sft") else 1
+        steps = config.train.steps_per_round
+        if steps is None and train is not None:
+            return f"at most {rounds * ceil(train * config.pairs.per_problem / config.train.pairs_per_step)} steps"
+        return f"{rounds * steps} steps" if steps else "steps as round 1's pairs give"
+    if kind == "evaluate":
+        return f"{_times(test, 1)} answers"
+    return ""
+
+
+def _times(count: int | None, factor: float) -> str:
+    if count is None:
+        return "all" if factor == 1 else f"all problems x {factor:g}"
+    return f"{count * factor:.0f}"

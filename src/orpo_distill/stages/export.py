@@ -1,0 +1,72 @@
+"""Export: the final student as an ordinary Hugging Face folder, adapters merged, with a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orpo_distill.component import Options
+from orpo_distill.records import write_text
+from orpo_distill.stages.report import headline_text, results_table
+
+
+class ExportOptions(Options):
+    """What the model card says beside the report."""
+
+    name: str
+    teacher: str
+    student: str
+    task: str
+    trust_remote_code: bool = False
+
+
+def export(options: ExportOptions, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+    """Put the model of input `model` into `out`: safetensors, tokenizer, chat template, README.md."""
+    source = inputs["model"] / "model"
+    if (source / "adapter_config.json").exists():
+        _merge_adapter(source, out, options.trust_remote_code)
+    else:
+        for file in source.iterdir():
+            shutil.copyfile(file, out / file.name)
+    content = json.loads((inputs["report"] / "report.json").read_bytes())
+    write_text(out / "README.md", model_card(options, content))
+    return {"files": sorted(file.name for file in out.iterdir() if file.suffix != ".tmp")}
+
+
+def model_card(options: ExportOptions, content: dict[str, Any]) -> str:
+    """The generated README.md of the student."""
+    table = results_table(content["results"])
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"base_model: {json.dumps(options.student)}",
+        "tags: [orpo-distill, distillation, orpo]",
+        "---",
+        "",
+        f"# {options.name}",
+        "",
+        f"`{options.student}` trained on text of `{options.teacher}` for the task `{options.task}` with "
+        f"orpo-distill {content['version']}.",
+        "",
+        headline_text(content["headline"]) + ".",
+        "",
+        *("| " + " | ".join(row) + " |" for row in table[:1]),
+        "|" + " --- |" * len(table[0]),
+        *("| " + " | ".join(row) + " |" for row in table[1:]),
+        "",
+        "Greedy decoding unless the config says otherwise; Wilson intervals. Licences of the initial model, of the "
+        "questions and the terms of the teacher's provider apply.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _merge_adapter(source: Path, out: Path, trust_remote_code: bool) -> None:
+    from orpo_distill.models import load_model, load_tokenizer
+
+    load_model(str(source), "auto", "cpu", trust_remote_code).save_pretrained(out)
+    load_tokenizer(str(source), trust_remote_code).save_pretrained(out)

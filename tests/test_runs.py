@@ -1,0 +1,168 @@
+"""Stages in a run folder: skip, grow, stale, outdated, redo, keep, lock, damage."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orpo_distill.component import Options
+from orpo_distill.errors import RunError
+from orpo_distill.runs import Metrics, RunFolder, Stage, execute
+
+
+class Count(Options):
+    samples: int | None = 2
+    letter: str = "a"
+
+
+class Recorder:
+    """Starts stages whose work is to append to a file, and remembers which ran."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+
+    def __call__(self, stage: Stage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+        self.ran.append(stage.name)
+        options = stage.options
+        assert isinstance(options, Count)
+        base = "".join((path / "text").read_text() for path in inputs.values())
+        (out / "text").write_text(base + options.letter * (options.samples or 9))
+        return {"samples": options.samples}
+
+
+def stages(first: Count, second: Count) -> list[Stage]:
+    grows = frozenset({"samples"})
+    return [
+        Stage("first", "m:f", first, outputs=("text",), grows=grows),
+        Stage("deep/second", "m:f", second, {"source": "first"}, ("text",)),
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def go(folder: RunFolder, plan: list[Stage], **how: list[str]) -> list[str]:
+    start = Recorder()
+    with folder.lock():
+        execute(plan, folder, start, **how)
+    return start.ran
+
+
+def test_the_second_run_does_nothing(folder: RunFolder) -> None:
+    plan = stages(Count(), Count())
+    assert go(folder, plan) == ["first", "deep/second"]
+    assert go(folder, plan) == []
+
+
+def test_without_its_manifest_a_stage_is_unfinished(folder: RunFolder) -> None:
+    plan = stages(Count(), Count())
+    go(folder, plan)
+    (folder.of("deep/second") / "manifest.json").unlink()
+    assert go(folder, plan) == ["deep/second"]
+
+
+def test_a_raised_limit_grows_the_stage_and_remakes_what_depends_on_it(folder: RunFolder) -> None:
+    go(folder, stages(Count(), Count()))
+    assert go(folder, stages(Count(samples=3), Count())) == ["first", "deep/second"]
+    assert (folder.of("deep/second") / "text").read_text() == "aaaaa"
+    assert (folder.path / "superseded/1/deep/second/text").read_text() == "aaaa"
+    assert go(folder, stages(Count(samples=None), Count())) == ["first", "deep/second"]
+
+
+def test_a_lowered_limit_is_stale(folder: RunFolder) -> None:
+    go(folder, stages(Count(), Count()))
+    with pytest.raises(RunError, match=r"first: samples: 2 -> 1"):
+        go(folder, stages(Count(samples=1), Count()))
+
+
+def test_a_changed_setting_names_the_key_and_touches_nothing(folder: RunFolder) -> None:
+    go(folder, stages(Count(), Count()))
+    with pytest.raises(RunError, match=r"deep/second: letter: 'a' -> 'b'(.|\n)*--redo deep/second"):
+        go(folder, stages(Count(), Count(letter="b")))
+    assert (folder.of("deep/second") / "text").read_text() == "aaaa"
+
+
+def test_redo_takes_dependents_along_and_loses_nothing(folder: RunFolder) -> None:
+    go(folder, stages(Count(), Count()))
+    assert go(folder, stages(Count(letter="b"), Count()), redo=["first"]) == ["first", "deep/second"]
+    assert (folder.of("deep/second") / "text").read_text() == "bbaa"
+    assert (folder.path / "superseded/1/first/text").read_text() == "aa"
+
+
+def test_redo_leaves_dependents_whose_input_comes_out_the_same(folder: RunFolder) -> None:
+    go(folder, stages(Count(), Count()))
+    assert go(folder, stages(Count(), Count()), redo=["first"]) == ["first"]
+
+
+def test_redo_excuses_changed_dependents_but_not_others(folder: RunFolder) -> None:
+    go(folder, stages(Count(), Count()))
+    both = stages(Count(letter="b"), Count(letter="c"))
+    assert go(folder, both, redo=["first"]) == ["first", "deep/second"]
+    with pytest.raises(RunError, match="first: letter"):
+        go(folder, stages(Count(letter="x"), Count(letter="y")), redo=["deep/second"])
+
+
+def test_a_precious_stage_is_redone_only_by_its_own_name(folder: RunFolder) -> None:
+    def plan(letter: str) -> list[Stage]:
+        first, second = stages(Count(letter=letter), Count(letter=letter))
+        return [first, replace(second, precious=True)]
+
+    go(folder, plan("a"))
+    with pytest.raises(RunError, match="deep/second: letter"):
+        go(folder, plan("b"), redo=["first"])
+    assert go(folder, plan("b"), redo=["first", "deep/second"]) == ["first", "deep/second"]
+
+
+def test_an_unchanged_result_stops_the_wave(folder: RunFolder) -> None:
+    """The stage is made again but gives the same bytes, so what depends on it stays."""
+    plan = stages(Count(), Count())
+    go(folder, plan)
+    (folder.of("first") / "manifest.json").unlink()
+    assert go(folder, plan) == ["first"]
+
+
+def test_keep_accepts_the_change_and_says_so_in_the_manifest(folder: RunFolder) -> None:
+    go(folder, stages(Count(), Count()))
+    changed = stages(Count(letter="b"), Count())
+    assert go(folder, changed, keep=["first"]) == []
+    assert go(folder, changed) == []
+    manifest = folder.manifest("first")
+    assert manifest is not None and manifest.kept == ("letter",)
+
+
+def test_keep_of_an_unfinished_stage_is_refused(folder: RunFolder) -> None:
+    with pytest.raises(RunError, match="not finished"):
+        go(folder, stages(Count(), Count()), keep=["first"])
+
+
+def test_an_unknown_stage_name_lists_the_known_ones(folder: RunFolder) -> None:
+    with pytest.raises(RunError, match=r"found 'frist'; the stages are: first, deep/second"):
+        go(folder, stages(Count(), Count()), redo=["frist"])
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "stage.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", json.dumps({"format": 1, "nonsense": 1})])
+def test_a_damaged_manifest_is_one_message_and_redo_mends_it(folder: RunFolder, name: str, content: str) -> None:
+    plan = stages(Count(), Count())
+    go(folder, plan)
+    (folder.of("first") / name).write_text(content)
+    with pytest.raises(RunError, match="expected a readable"):
+        go(folder, plan)
+    assert go(folder, plan, redo=["first"]) == ["first"]
+
+
+def test_a_missing_output_is_one_message(folder: RunFolder) -> None:
+    plan = stages(Count(), Count())
+    go(folder, plan)
+    (folder.of("first") / "text").unlink()
+    with pytest.raises(RunError, match="--redo first"):
+        go(folder, plan)
+
+
+def test_a_second_process_gets_a_clear_error(folder: RunFolder) -> None:
+    with folder.lock(), pytest.raises(RunError, match=r"in use by process \d+"), folder.lock():
+        pass
