@@ -158,6 +158,47 @@ def test_killed_at_random_moments_the_result_is_the_same(finished: Path, tmp_pat
     assert stable_files(tmp_path / "runs" / "demo") == stable_files(finished / "runs" / "demo")
 
 
+# Dies by SIGKILL the moment Python is about to do `event` on a path that ends in `suffix` (PEP 578).
+DYING = """
+import os, sys
+event, suffix = sys.argv.pop(1), sys.argv.pop(1)
+def die(name, arguments):
+    if name == event and any(str(argument).endswith(suffix) for argument in arguments[:2]):
+        os.kill(os.getpid(), 9)
+sys.addaudithook(die)
+from orpo_distill.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("event", "suffix"),
+    [
+        ("os.rename", "teacher/traces.jsonl"),
+        ("os.remove", "student-0/traces.partial.jsonl"),
+        ("os.rename", "teacher-verdicts/manifest.json"),
+        ("os.rename", "round-1/pairs/pairs.jsonl"),
+        ("open", "optimizer.pt"),
+        ("os.rename", "round-1/train/model"),
+        ("os.rename", "round-2/train/train.json"),
+        ("os.rename", "report/report.json"),
+    ],
+)
+def test_killed_between_write_and_rename_the_result_is_the_same(
+    finished: Path, tmp_path: Path, event: str, suffix: str
+) -> None:
+    path = experiment(tmp_path)
+    killed = subprocess.run(
+        [sys.executable, "-c", DYING, event, suffix, "run", str(path)],
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert killed.returncode == -signal.SIGKILL
+    done = cli("run", path)
+    assert done.returncode == 0, done.stderr
+    assert stable_files(tmp_path / "runs" / "demo") == stable_files(finished / "runs" / "demo")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_keeps_everything_and_says_how_to_go_on(tmp_path: Path, number: int, code: int) -> None:
     path = experiment(tmp_path)
@@ -189,6 +230,30 @@ def test_sampling_in_two_processes_gives_the_same_traces(finished: Path, tmp_pat
     assert done.returncode == 0, done.stderr
     for name in ("teacher/traces.jsonl", "teacher-verdicts/verdicts.jsonl"):
         assert (tmp_path / "runs/demo" / name).read_bytes() == (finished / "runs/demo" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_training_under_accelerate_in_two_processes(finished: Path, tmp_path: Path) -> None:
+    """The same losses as in one process, up to rounding."""
+    path = experiment(tmp_path, launch={"train": {"launcher": "accelerate", "processes": 2}})
+    done = cli("run", path)
+    assert done.returncode == 0, done.stderr
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "runs/demo/round-2/train/log.jsonl").open()]
+        for folder in (tmp_path, finished)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_lora_adapters_go_through_the_rounds_and_are_merged_at_the_end(tmp_path: Path) -> None:
+    path = experiment(tmp_path)
+    done = cli("run", path, "train.lora={r: 4, alpha: 8}")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "demo"
+    assert (run / "round-2" / "train" / "model" / "adapter_config.json").exists()
+    names = {path.name for path in (run / "student").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert "adapter_config.json" not in names
 
 
 def test_raised_samples_keep_what_is_there(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Every mistake a user can make is one message (expected, found, do), a non-zero exit code, and no traceback."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,17 @@ def test_a_run_folder_that_is_none(tmp_path: Path) -> None:
 def test_lines_that_verify_cannot_read(tmp_path: Path) -> None:
     done = cli("verify", "--verifier", "number", stdin=json.dumps({"text": "x"}) + "\n")
     one_message(done, "line 1", "answer")
+
+
+@pytest.mark.parametrize("limit", [700, 5_000, 100_000])
+def test_a_full_disk(tmp_path: Path, limit: int) -> None:
+    """No file may grow beyond `limit` bytes: the system refuses the write, as it does on a full disk."""
+    path = experiment(tmp_path)
+    script = (
+        "import resource, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "from orpo_distill.cli import main\nmain()"
+    )
+    command = [sys.executable, "-c", script, "run", str(path)]
+    one_message(subprocess.run(command, capture_output=True, text=True), "make room", "run the same command")
+    assert cli("run", path).returncode == 0

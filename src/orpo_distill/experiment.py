@@ -16,7 +16,7 @@ from orpo_distill.launch import Launcher
 from orpo_distill.plan import plan, select
 from orpo_distill.progress import say
 from orpo_distill.records import write_text
-from orpo_distill.runs import Metrics, RunFolder, Stage, environment, execute
+from orpo_distill.runs import Metrics, RunFolder, Stage, disk_errors_explained, environment, execute
 
 
 def run(config: Config, until: str | None = None, redo: Sequence[str] = (), keep: Sequence[str] = ()) -> Path:
@@ -29,7 +29,7 @@ def run(config: Config, until: str | None = None, redo: Sequence[str] = (), keep
     if until is not None:
         stages = select(stages, until)
     folder = RunFolder(config.run_dir)
-    with folder.lock():
+    with disk_errors_explained(folder.path), folder.lock():
         write_text(folder.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         write_text(folder.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
         execute(stages, folder, _Timed(Launcher(config.launch), folder), redo, keep)

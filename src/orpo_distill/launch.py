@@ -20,7 +20,7 @@ from orpo_distill.config import LaunchSection
 from orpo_distill.errors import Interrupted, ModelError, OrpoDistillError, RunError
 from orpo_distill.interrupt import signals_raise
 from orpo_distill.records import write_text
-from orpo_distill.runs import Metrics, Stage
+from orpo_distill.runs import Metrics, Stage, disk_errors_explained
 
 SECONDS_TO_STOP = 25.0
 
@@ -66,15 +66,9 @@ class Launcher:
 
 
 def call(work: str, options: Any, inputs: Mapping[str, Path], out: Path) -> Metrics:
-    """Call a stage's work function in this process. A full disk becomes a RunError."""
+    """Call a stage's work function in this process."""
     module, _, name = work.partition(":")
-    try:
-        return cast(Metrics, getattr(importlib.import_module(module), name)(options, inputs, out))
-    except OSError as error:
-        raise RunError(
-            f"expected to read and write in {out}, found: {error}; make room or mend it, then run the same command: "
-            "what was finished is kept"
-        ) from error
+    return cast(Metrics, getattr(importlib.import_module(module), name)(options, inputs, out))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -84,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     options = getattr(importlib.import_module(module), name).model_validate(data["options"])
     out = Path(data["out"])
     try:
-        with signals_raise():
+        with signals_raise(), disk_errors_explained(out):
             metrics = call(data["work"], options, {key: Path(path) for key, path in data["inputs"].items()}, out)
     except OrpoDistillError as error:
         if not isinstance(error, Interrupted):

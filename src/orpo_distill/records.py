@@ -238,7 +238,9 @@ class JsonlAppender:
         self._file = path.open("ab", buffering=0)
 
     def append(self, record: Record) -> None:
-        self._file.write((to_json(record) + "\n").encode())
+        line = memoryview((to_json(record) + "\n").encode())
+        while line:  # a nearly full disk may take a part and refuse the rest
+            line = line[self._file.write(line) or 0 :]
 
     def __enter__(self) -> Self:
         return self

@@ -175,6 +175,18 @@ def run_stage(stage: Stage, run: RunFolder, start: Start) -> Manifest:
     return finished
 
 
+@contextmanager
+def disk_errors_explained(path: Path) -> Iterator[None]:
+    """Inside the block an OSError (disk full, no permission) becomes a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"expected to read and write in {path}, found: {error}; make room or mend it, then run the same command: "
+            "what was finished is kept"
+        ) from error
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished stage's folder. Raises FileNotFoundError, or RunError if it is damaged."""
     return _read(folder / "manifest.json", Manifest)

@@ -52,5 +52,5 @@ def test_a_scripted_failure_has_no_text() -> None:
 def test_a_malformed_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "replies.jsonl"
     path.write_text('{"id": "p", "texts": [3]}\n')
-    with pytest.raises(DataError, match=f"{path}:1: expected texts only"):
+    with pytest.raises(DataError, match=f"{path}:1: expected texts, or objects"):
         play(Scripted(path=path))

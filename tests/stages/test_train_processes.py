@@ -131,7 +131,7 @@ def test_two_processes_equal_one(tmp_path: Path, problems: int) -> None:
     pairs = write_pairs(tmp_path / "pairs", ragged_pairs(problems))
     what = options(model, (1, 2, 2), pairs_per_step=5, pairs_per_batch=2)
     run_train(what, pairs, tmp_path / "one")
-    launch = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", "0")
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     process = start(*launch, *command(what, pairs, tmp_path / "two"))
     _, errors = process.communicate()
     assert process.returncode == 0, errors.decode()

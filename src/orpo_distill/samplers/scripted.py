@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, ValidationError
 
 from orpo_distill.component import SPEED_ONLY, Options
 from orpo_distill.errors import DataError
@@ -31,7 +31,7 @@ class Scripted(Sampler):
     """
 
     replies: dict[str, tuple[str | Reply, ...]] = {}  # by problem id
-    path: Path | None = None  # more of them: JSON Lines, {"id": ..., "texts": [...]}
+    path: Path | None = None  # more of them: JSON Lines, {"id": ..., "texts": [...]}, each a text or a `Reply`
     default: tuple[str | Reply, ...] = ()
     delay: Annotated[NonNegativeFloat, SPEED_ONLY] = 0.0  # seconds before each completion
 
@@ -51,9 +51,12 @@ class Scripted(Sampler):
         found: dict[str, tuple[str | Reply, ...]] = {}
         for place, line in read_objects(find_file(self.path)) if self.path else ():
             name, texts = text_list(place, line, "texts")
-            if not all(isinstance(text, str) for text in texts):
-                raise DataError(f"{place}: expected texts only, found {str(texts)[:60]}; quote them")
-            found[name] = tuple(texts)
+            try:
+                found[name] = tuple(text if isinstance(text, str) else Reply.model_validate(text) for text in texts)
+            except ValidationError as error:
+                raise DataError(
+                    f"{place}: expected texts, or objects with text and finish_reason, found {str(texts)[:60]}"
+                ) from error
         return found
 
 
