@@ -202,13 +202,10 @@ def test_killed_between_write_and_rename_the_result_is_the_same(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_keeps_everything_and_says_how_to_go_on(tmp_path: Path, number: int, code: int) -> None:
     path = experiment(tmp_path)
-    slow = f"teacher.sampler={{type: scripted, path: {tmp_path / 'teacher.jsonl'}, delay: 0.2}}"
-    with subprocess.Popen([*COMMAND, "run", str(path), slow], stderr=subprocess.PIPE, text=True) as process:
+    command = [*COMMAND, "run", str(path), slow_teacher(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         partial = tmp_path / "runs" / "demo" / "teacher" / "traces.partial.jsonl"
-        deadline = time.monotonic() + 60
-        while not (partial.exists() and partial.read_bytes().count(b"\n") >= 3):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for_line(partial)
         process.send_signal(number)
         started = time.monotonic()
         assert process.wait(timeout=30) == code
@@ -224,6 +221,39 @@ def test_a_signal_keeps_everything_and_says_how_to_go_on(tmp_path: Path, number:
     assert set(kept.splitlines()) <= set(first.splitlines())
 
 
+def slow_teacher(folder: Path) -> str:
+    return f"teacher.sampler={{type: scripted, path: {folder / 'teacher.jsonl'}, delay: 0.3}}"
+
+
+def wait_for_line(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_bytes().count(b"\n")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_survives_the_one_that_the_user_started(tmp_path: Path, number: int) -> None:
+    path = experiment(tmp_path, launch={"sample": {"processes": 2}})
+    with subprocess.Popen([*COMMAND, "run", str(path), slow_teacher(tmp_path)], stderr=subprocess.DEVNULL) as process:
+        partial = tmp_path / "runs" / "demo" / "teacher" / "traces.partial-1.jsonl"
+        wait_for_line(partial)
+        process.send_signal(number)
+        process.wait(timeout=30)
+    time.sleep(1.5)
+    before = partial.read_bytes()
+    time.sleep(1)
+    assert partial.read_bytes() == before
+
+
+def test_a_process_that_fails_gives_its_message(tmp_path: Path) -> None:
+    path = experiment(tmp_path, launch={"sample": {"processes": 2}})
+    done = cli("run", path, "teacher.sampler={type: scripted, path: nowhere.jsonl}")
+    assert done.returncode == 1
+    assert "nowhere.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_sampling_in_two_processes_gives_the_same_traces(finished: Path, tmp_path: Path) -> None:
     path = experiment(tmp_path, launch={"sample": {"processes": 2}})
     done = cli("run", path, "--until", "teacher-verdicts")
@@ -234,15 +264,16 @@ def test_sampling_in_two_processes_gives_the_same_traces(finished: Path, tmp_pat
 
 @pytest.mark.slow
 def test_training_under_accelerate_in_two_processes(finished: Path, tmp_path: Path) -> None:
-    """The same losses as in one process, up to rounding."""
+    """The same losses as in one process, up to rounding; and two processes there were."""
     path = experiment(tmp_path, launch={"train": {"launcher": "accelerate", "processes": 2}})
     done = cli("run", path)
     assert done.returncode == 0, done.stderr
     losses = [
-        [json.loads(line)["loss"] for line in (folder / "runs/demo/round-2/train/log.jsonl").open()]
+        [json.loads(line)["loss"] for line in (folder / "runs/demo/round-2/train/log.jsonl").read_text().splitlines()]
         for folder in (tmp_path, finished)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert (tmp_path / "runs/demo/round-2/train/checkpoint/rng_state_1.pth").exists()
 
 
 def test_lora_adapters_go_through_the_rounds_and_are_merged_at_the_end(tmp_path: Path) -> None:

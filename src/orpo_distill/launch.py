@@ -8,9 +8,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,10 +23,12 @@ from typing import Any, cast
 from orpo_distill.config import LaunchSection
 from orpo_distill.errors import Interrupted, ModelError, OrpoDistillError, RunError
 from orpo_distill.interrupt import signals_raise
+from orpo_distill.progress import say
 from orpo_distill.records import write_text
 from orpo_distill.runs import Metrics, Stage, disk_errors_explained
 
 SECONDS_TO_STOP = 25.0
+LAUNCHER = "ORPO_DISTILL_LAUNCHER"  # the environment variable with the process id of the run
 
 
 @dataclass(frozen=True)
@@ -43,26 +49,37 @@ class Launcher:
 
     def _run_shards(self, stage: Stage, inputs: Mapping[str, Path], out: Path, count: int) -> None:
         """Each process samples its share of the problems into its own partial file; the caller merges them."""
-        commands, environments = [], []
+        jobs = []
         for index in range(count):
             options = stage.options.model_copy(update={"shard": (index, count)})
             path = _write_call(stage.work, options, inputs, out, f"call-{index}.json")
-            commands.append([sys.executable, "-m", "orpo_distill.launch", str(path)])
-            environments.append(_device_environment(index, count))
-        _run_processes(stage.name, commands, environments)
-        for index in range(count):
-            (out / f"call-{index}.json").unlink()
+            command = [sys.executable, "-m", "orpo_distill.launch", str(path)]
+            jobs.append(Job(command, _device_environment(index, count), path))
+        run_jobs(stage.name, jobs)
 
     def _run_accelerate(self, stage: Stage, inputs: Mapping[str, Path], out: Path, processes: int) -> Metrics:
         path = _write_call(stage.work, stage.options, inputs, out, "call.json")
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
         if processes > 1:
-            command.append("--multi_gpu" if _gpus() else "--cpu")
-        _run_processes(stage.name, [[*command, "-m", "orpo_distill.launch", str(path)]], [dict(os.environ)])
+            command.append("--multi_gpu")  # what accelerate calls several processes, on CPUs too
+        run_jobs(stage.name, [Job([*command, "-m", "orpo_distill.launch", str(path)], dict(os.environ), path)])
         metrics: Metrics = json.loads((out / "metrics.json").read_bytes())
         (out / "metrics.json").unlink()
-        path.unlink()
         return metrics
+
+
+@dataclass(frozen=True)
+class Job:
+    """A process that makes one written call."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    call: Path
+
+    @property
+    def error(self) -> Path:
+        """Where the process, or one of its own, leaves its message when it fails."""
+        return self.call.with_suffix(".error")
 
 
 def call(work: str, options: Any, inputs: Mapping[str, Path], out: Path) -> Metrics:
@@ -72,21 +89,106 @@ def call(work: str, options: Any, inputs: Mapping[str, Path], out: Path) -> Metr
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one written call: the body of every process that a launcher starts."""
-    data = json.loads(Path(arguments[0]).read_bytes())
+    """Make one written call: the body of every process that a launcher starts."""
+    job = Job((), {}, Path(arguments[0]))
+    data = json.loads(job.call.read_bytes())
     module, _, name = data["options_class"].partition(":")
     options = getattr(importlib.import_module(module), name).model_validate(data["options"])
     out = Path(data["out"])
+    threading.Thread(target=_die_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
     try:
         with signals_raise(), disk_errors_explained(out):
             metrics = call(data["work"], options, {key: Path(path) for key, path in data["inputs"].items()}, out)
     except OrpoDistillError as error:
         if not isinstance(error, Interrupted):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            write_text(job.error, str(error))
         return error.exit_code
-    if int(os.environ.get("RANK", "0")) == 0 and Path(arguments[0]).name == "call.json":
+    if int(os.environ.get("RANK", "0")) == 0 and job.call.name == "call.json":
         write_text(out / "metrics.json", json.dumps(metrics))
     return 0
+
+
+def run_jobs(stage: str, jobs: Sequence[Job]) -> None:
+    """Run all to the end. When one fails or a signal comes, the others are told to stop, then killed.
+
+    Raises RunError with the message of the one that failed. What they say on stderr is passed on, until something
+    goes wrong: what follows then is only the noise of their going down.
+    """
+    for job in jobs:
+        job.error.unlink(missing_ok=True)
+    environment = {LAUNCHER: str(os.getpid())}
+    running = [
+        subprocess.Popen(
+            job.command, env={**job.environment, **environment}, stderr=subprocess.PIPE, start_new_session=True
+        )
+        for job in jobs
+    ]
+    stopping = threading.Event()
+    relays = [
+        threading.Thread(target=_relay, args=(process, job, stopping))
+        for process, job in zip(running, jobs, strict=True)
+    ]
+    for relay in relays:
+        relay.start()
+    try:
+        _wait(stage, running, jobs)
+    finally:
+        stopping.set()
+        _stop(running)
+        for relay in relays:
+            relay.join()
+    for job in jobs:
+        job.call.unlink()
+
+
+def _wait(stage: str, running: Sequence[subprocess.Popen[bytes]], jobs: Sequence[Job]) -> None:
+    waiting = list(zip(running, jobs, strict=True))
+    while waiting:
+        for process, job in list(waiting):
+            try:
+                code = process.wait(timeout=0.1)
+            except subprocess.TimeoutExpired:
+                continue
+            waiting.remove((process, job))
+            if code:
+                message = job.error.read_text() if job.error.exists() else f"a process ended with exit code {code}"
+                raise RunError(f"{stage}: {message}")
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes and all that they started: politely, then not."""
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    _signal_groups(processes, signal.SIGTERM)
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(0.0, deadline - time.monotonic()))
+    _signal_groups(processes, signal.SIGKILL)
+    for process in processes:
+        process.wait()
+
+
+def _signal_groups(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+
+def _relay(process: subprocess.Popen[bytes], job: Job, stopping: threading.Event) -> None:
+    assert process.stderr is not None
+    with process.stderr as lines:
+        for line in lines:
+            if not (stopping.is_set() or job.error.exists()):
+                say(line.decode(errors="replace").rstrip("\n"))
+
+
+def _die_with(launcher: int) -> None:
+    """End this process as soon as the one that the user started is gone: nobody would hold the run's lock for it."""
+    while True:
+        try:
+            os.kill(launcher, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(0.2)
 
 
 def _write_call(work: str, options: Any, inputs: Mapping[str, Path], out: Path, name: str) -> Path:
@@ -100,32 +202,6 @@ def _write_call(work: str, options: Any, inputs: Mapping[str, Path], out: Path, 
     }
     write_text(path, json.dumps(content))
     return path
-
-
-def _run_processes(stage: str, commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]]) -> None:
-    """Run all to the end; when one fails or a signal comes, the others are told to stop, then killed."""
-    running = [subprocess.Popen(c, env=dict(e)) for c, e in zip(commands, environments, strict=True)]
-    try:
-        waiting = list(running)
-        while waiting:
-            for process in list(waiting):
-                try:
-                    code = process.wait(timeout=0.2)
-                except subprocess.TimeoutExpired:
-                    continue
-                waiting.remove(process)
-                if code:
-                    raise RunError(f"{stage}: process {running.index(process)} ended with exit code {code}, see above")
-    finally:
-        for process in running:
-            if process.poll() is None:
-                process.terminate()
-        for process in running:
-            try:
-                process.wait(timeout=SECONDS_TO_STOP)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 def _device_environment(index: int, count: int) -> dict[str, str]:

@@ -75,7 +75,7 @@ def test_killed_in_mid_round_goes_on_to_the_same_bytes(calm: Path, tmp_path: Pat
     assert {path.name for path in out.iterdir()} == {"model", "checkpoint", "log.jsonl", "train.json"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_keeps_everything(calm: Path, tmp_path: Path, number: signal.Signals) -> None:
     out, what, pairs = tmp_path / "out", disturbed(calm), calm / "pairs"
     process = start(*command(what, pairs, out))
@@ -131,10 +131,12 @@ def test_two_processes_equal_one(tmp_path: Path, problems: int) -> None:
     pairs = write_pairs(tmp_path / "pairs", ragged_pairs(problems))
     what = options(model, (1, 2, 2), pairs_per_step=5, pairs_per_batch=2)
     run_train(what, pairs, tmp_path / "one")
+    # Without a GPU `--multi_gpu` means two processes on the CPU; `--cpu` would start one, whatever the number.
     launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     process = start(*launch, *command(what, pairs, tmp_path / "two"))
     _, errors = process.communicate()
     assert process.returncode == 0, errors.decode()
+    assert (tmp_path / "two" / "checkpoint" / "rng_state_1.pth").exists(), "there was one process only"
     one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
     for name, weight in one.items():
         assert torch.allclose(weight, two[name], rtol=1e-3, atol=1e-4), name
