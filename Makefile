@@ -8,10 +8,10 @@ quickstart: .venv/run
 	$(BIN)/orpo-distill quickstart
 
 test: .venv/dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-full: .venv/dev lint
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m ""
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ STABLE = ("problems.jsonl", "traces.jsonl", "verdicts.jsonl", "pairs.jsonl", "mo
 
 
 def cli(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = {**os.environ, "COLUMNS": "200"}
     return subprocess.run(
         [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, text=True, env=environment, timeout=300
     )
@@ -149,7 +149,6 @@ def test_killed_at_random_moments_the_result_is_the_same(finished: Path, tmp_pat
             [*COMMAND, "run", str(path)],
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
         ) as process:
             time.sleep(moment.uniform(0.5, 9))
             process.kill()
@@ -191,7 +190,6 @@ def test_killed_between_write_and_rename_the_result_is_the_same(
     killed = subprocess.run(
         [sys.executable, "-c", DYING, event, suffix, "run", str(path)],
         capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert killed.returncode == -signal.SIGKILL
     done = cli("run", path)

@@ -120,7 +120,7 @@ def test_the_same_settings_give_the_same_bytes(tmp_path: Path) -> None:
         run(data, tmp_path / out, limit=5)
     contents = [{p.name: p.read_bytes() for p in (tmp_path / out).iterdir()} for out in ("one", "two")]
     assert contents[0] == contents[1]
-    assert set(contents[0]) == {"problems.jsonl", "test.jsonl", "dropped.jsonl"}
+    assert set(contents[0]) == {"problems.jsonl", "validation.jsonl", "test.jsonl", "dropped.jsonl"}
 
 
 def test_only_a_default_validation_split_may_be_absent(tmp_path: Path) -> None:
