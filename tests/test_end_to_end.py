@@ -318,6 +318,7 @@ def test_pilot_samples_a_few_and_the_run_keeps_them(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "problems: 4 of 12" in done.stdout
     assert "with both sides: 4 (100%)" in done.stdout
+    assert "for training (2 x" in done.stdout
     pilot = (tmp_path / "runs/demo/teacher/traces.jsonl").read_text().splitlines()
     assert cli("run", path, "--until", "teacher").returncode == 0
     assert set(pilot) < set((tmp_path / "runs/demo/teacher/traces.jsonl").read_text().splitlines())

@@ -7,11 +7,21 @@ nothing that the pilot sampled is sampled (or paid for) again.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from orpo_distill.config import Config
 from orpo_distill.experiment import run
+from orpo_distill.groups import Row, collate, default_steps, micro_batches, tokenize
+from orpo_distill.mixing import phi_of_round
+from orpo_distill.models import load_model, load_tokenizer, pick_device
+from orpo_distill.progress import say
+from orpo_distill.records import Pair, read_jsonl
 from orpo_distill.runs import read_manifest
+
+MOST_TIMED = 4  # micro-batches
 
 
 def pilot(config: Config, count: int, redo: Sequence[str] = (), keep: Sequence[str] = ()) -> str:
@@ -23,16 +33,58 @@ def pilot(config: Config, count: int, redo: Sequence[str] = (), keep: Sequence[s
     pairs = read_manifest(folder / "round-1" / "pairs").metrics
     taken, available = counted["train"], counted["train_available"]
     whole = min(limit or available, available)
-    seconds = sum(json.loads((folder / "times.json").read_bytes()).values())
-    names = [name for name in ("teacher", "student-0") if (folder / name).exists()]
-    traces = sum(read_manifest(folder / name).metrics["traces"] for name in names)
+    seconds = json.loads((folder / "times.json").read_bytes())
+    texts = [name for name in ("teacher", "student-0") if (folder / name).exists()]
+    traces = sum(read_manifest(folder / name).metrics["traces"] for name in texts)
     paired = pairs["paired_problems"]
+    making = sum(seconds.values()) * whole / taken
+    phis = [phi_of_round(config.pairs.phi, number, config.rounds) for number in range(1, config.rounds + 1)]
+    refreshing = seconds.get("student-0", 0.0) * whole / taken * sum(phis)
+    rows = pairs["pairs"] * whole // taken
+    steps = config.train.steps_per_round or default_steps(rows, config.train.pairs_per_step)
+    say("timing a training step ...")
+    training = (
+        config.rounds * steps * config.train.pairs_per_step * seconds_a_pair(config, folder / "round-1" / "pairs")
+    )
     return "\n".join(
         [
             f"problems: {taken} of {whole}",
             f"with both sides: {paired} ({paired / taken:.0%})",
             f"pairs: {pairs['pairs']}, sampled traces for each: {traces / max(1, pairs['pairs']):.1f}",
-            f"sampling, verifying and pairing took {seconds:.0f} s; for all {whole} problems about "
-            f"{seconds * whole / taken:.0f} s (training and evaluation not included)",
+            f"time for all {whole} problems on one device: {_minutes(making)} for sampling, verifying and pairing, "
+            f"{_minutes(refreshing)} for refreshing negatives, {_minutes(training)} for training "
+            f"({config.rounds} x {steps} steps); evaluation and loading not counted",
         ]
     )
+
+
+def seconds_a_pair(config: Config, pairs: Path) -> float:
+    """Seconds that forward and backward take for a pair, over a few micro-batches after one to warm up."""
+    from orpo_distill.scoring import picks_positions, score
+
+    train, objective = config.train, config.objective
+    device = pick_device()
+    tokenizer = load_tokenizer(config.student.model, train.trust_remote_code)
+    model: Any = load_model(config.student.model, train.dtype, device, train.trust_remote_code)
+    needs_rejected = "rejected" in objective.requires
+    rows = tokenize(read_jsonl(pairs / "pairs.jsonl", Pair), tokenizer, train.max_length, needs_rejected)
+    batches = micro_batches(rows, train.pairs_per_batch)
+    middle = len(batches) // 2  # they are sorted by length
+    timed = batches[max(0, middle - MOST_TIMED // 2) :][:MOST_TIMED]
+    picks = picks_positions(model)
+
+    def work(batch: Sequence[Row]) -> None:
+        scored = score(model, collate(batch, objective.scores_prompt, device), picks, 1.0)
+        loss: Any = objective(scored).per_pair.sum()
+        loss.backward()
+        loss.item()  # waits for the device
+
+    work(timed[0])
+    started = time.monotonic()
+    for batch in timed:
+        work(batch)
+    return (time.monotonic() - started) / sum(map(len, timed))
+
+
+def _minutes(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} min" if seconds >= 90 else f"about {seconds:.0f} s"
