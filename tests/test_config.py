@@ -54,8 +54,9 @@ def test_an_override_reaches_into_a_component_named_by_a_word(smallest: Path) ->
         (["task={type: gsm8k, promt: x}"], ["task.promt: unknown key; did you mean 'prompt'?"]),
         (["task=gsm9k"], ["did you mean 'gsm8k'"]),
         (["train.learning_rate=-1", "rounds=0"], ["train.learning_rate", "rounds"]),
-        (["pairs.phi=[0.5, 0.5]"], ["one value a round (5), found 2"]),
-        (["pairs.phi=1.5"], ["pairs.phi"]),
+        (["pairs.phi=[0.5, 0.5]"], ["one value a round (5)", "found [0.5, 0.5]"]),
+        (["pairs.phi=[0.5, 0.5, 1, 1, 1]"], ["the first 0"]),
+        (["pairs.phi=1.5"], ["pairs.phi: expected a number from 0 to 1", "found 1.5"]),
         (["teacher.decoding.temperature=0"], ["teacher.decoding.temperature > 0"]),
         (["no-equals-sign"], ["expected key=value, found 'no-equals-sign'"]),
         (["name=../../etc"], ["name"]),
@@ -68,6 +69,15 @@ def test_errors_are_all_named_at_once(smallest: Path, overrides: list[str], mess
     for message in messages:
         assert message in str(caught.value)
     assert "pydantic" not in str(caught.value)
+
+
+def test_a_component_without_type_is_the_default_one(smallest: Path) -> None:
+    config = load_config(smallest, ["objective.weight=0.1", "teacher.sampler.dtype=float32"])
+    assert (config.objective.weight, config.teacher.sampler.dtype) == (0.1, "float32")
+
+
+def test_quoted_text_that_looks_like_a_number_stays_text(smallest: Path) -> None:
+    assert load_config(smallest, ["teacher.decoding.stop=['1e5']"]).teacher.decoding.stop == ("1e5",)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 
 from orpo_distill.component import Options
 from orpo_distill.errors import RunError
-from orpo_distill.runs import Metrics, RunFolder, Stage, execute
+from orpo_distill.execution import execute, refuse_stale, state
+from orpo_distill.runs import Metrics, RunFolder, Stage
 
 
 class Count(Options):
@@ -48,6 +49,7 @@ def folder(tmp_path: Path) -> RunFolder:
 def go(folder: RunFolder, plan: list[Stage], **how: list[str]) -> list[str]:
     start = Recorder()
     with folder.lock():
+        refuse_stale(plan, folder, **how)
         execute(plan, folder, start, **how)
     return start.ran
 
@@ -131,12 +133,52 @@ def test_keep_accepts_the_change_and_says_so_in_the_manifest(folder: RunFolder) 
     assert go(folder, changed, keep=["first"]) == []
     assert go(folder, changed) == []
     manifest = folder.manifest("first")
-    assert manifest is not None and manifest.kept == ("letter",)
+    assert manifest is not None and manifest.asked.kept == ("letter",)
 
 
-def test_keep_of_an_unfinished_stage_is_refused(folder: RunFolder) -> None:
-    with pytest.raises(RunError, match="not finished"):
-        go(folder, stages(Count(), Count()), keep=["first"])
+def test_keep_accepts_what_changed_but_still_grows(folder: RunFolder) -> None:
+    go(folder, stages(Count(), Count()))
+    changed = stages(Count(samples=3, letter="b"), Count())
+    assert go(folder, changed, keep=["first"]) == ["first", "deep/second"]
+    manifest = folder.manifest("first")
+    assert manifest is not None and manifest.asked.kept == ("letter",)
+
+
+def test_keep_does_not_excuse_a_stage_that_never_finished(folder: RunFolder) -> None:
+    go(folder, stages(Count(), Count()))
+    (folder.of("first") / "manifest.json").unlink()
+    with pytest.raises(RunError, match="letter: 'a' -> 'b'"):
+        go(folder, stages(Count(letter="b"), Count()), keep=["first"])
+
+
+def test_a_refused_run_touches_nothing(folder: RunFolder) -> None:
+    go(folder, stages(Count(), Count()))
+    with pytest.raises(RunError):
+        go(folder, stages(Count(letter="b"), Count(letter="c")), redo=["deep/second"])
+    assert not (folder.path / "superseded").exists()
+
+
+def test_what_an_input_deleted_is_made_again_when_needed(folder: RunFolder) -> None:
+    """A later stage is to be redone, and needs a file that the earlier one no longer has."""
+
+    def plan(letter: str) -> list[Stage]:
+        first, second = stages(Count(), Count(letter=letter))
+        return [first, replace(second, consumes={"source": "spare"})]
+
+    go(folder, plan("a"))
+    (folder.of("first") / "spare").touch()
+    assert go(folder, plan("b"), redo=["deep/second"]) == ["deep/second"]
+    (folder.of("first") / "spare").unlink()
+    assert go(folder, plan("c"), redo=["deep/second"]) == ["first", "deep/second"]
+
+
+def test_states(folder: RunFolder) -> None:
+    first, second = stages(Count(), Count())
+    assert [state(stage, folder) for stage in (first, second)] == ["not started", "not started"]
+    go(folder, [first, second])
+    assert [state(stage, folder) for stage in (first, second)] == ["finished", "finished"]
+    (folder.of("first") / "manifest.json").unlink()
+    assert [state(stage, folder) for stage in (first, second)] == ["unfinished", "to be updated"]
 
 
 def test_an_unknown_stage_name_lists_the_known_ones(folder: RunFolder) -> None:

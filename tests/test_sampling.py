@@ -70,7 +70,7 @@ def test_the_result_is_in_the_order_asked_for(tmp_path: Path) -> None:
     assert [(trace.problem_id, trace.sample_index) for trace in found] == [(p, i) for p in PROBLEMS for i in range(3)]
     assert [trace.text for trace in found[:3]] == ["model 0", "model 1", "model 2"]
     assert {trace.policy for trace in found} == {"teacher"}
-    assert found[1].id == Trace.make_id("teacher", "a", 1, "model 1")
+    assert found[1].id == Trace.make_id("teacher", "a", 1, "model 1", FinishReason.STOP)
     assert [path.name for path in tmp_path.iterdir()] == ["traces.jsonl"]
 
 

@@ -72,7 +72,7 @@ def test_a_hang_a_crash_and_an_exception_cost_one_verdict_each() -> None:
         "die": "the verifier's process died (exit code 7)",
         "exit": "the verifier's process died (exit code 3)",
         "raise": "the verifier raised KeyError: 'no such thing'",
-        "lie": "the verifier returned str, expected a Verdict",
+        "lie": "expected a Verdict(trace.id, Outcome, answer, reason) of the verifier, found 'correct'",
     }
     assert all(verdict.outcome is Outcome.FAILED for verdict in found if verdict.answer is None)
 

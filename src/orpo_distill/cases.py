@@ -35,6 +35,8 @@ def _items(verifier: Verifier, lines: Iterable[str]) -> Iterator[Item]:
         if line.strip():
             try:
                 yield _item(verifier, json.loads(line), str(number))
+            except DataError:
+                raise
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"line {number}: expected JSON with text and answer (and question, choices, finish_reason if you "

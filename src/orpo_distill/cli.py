@@ -73,11 +73,7 @@ def check(
 @app.command()
 def status(folder: Annotated[Path, typer.Argument(help="a run folder, for instance runs/quickstart")]) -> None:
     """Say which stages of a run are finished."""
-    rows = [("stage", "state", "counts")]
-    for name, state, metrics in run_status(folder):
-        counts = ", ".join(f"{key} {value}" for key, value in metrics.items() if isinstance(value, int))
-        rows.append((name, state, counts))
-    _print_table(rows)
+    _print_table([("stage", "state", "result"), *run_status(folder)])
 
 
 @app.command(name="eval")
@@ -133,11 +129,13 @@ def _version(version: Annotated[bool, typer.Option("--version", help="print the 
 
 def main() -> None:
     """Entry point: errors become one message and an exit code."""
+    sys.path.append(str(Path.cwd()))  # for components of a user's own, named as module:Class
     try:
         with signals_raise():
             app(standalone_mode=True)
     except Interrupted as error:
-        say("interrupted; everything finished so far is kept: run the same command to go on")
+        without = " without --redo" if "--redo" in sys.argv else ""
+        say(f"interrupted; everything finished so far is kept: run the same command{without} to go on")
         raise SystemExit(error.exit_code) from None
     except OrpoDistillError as error:
         say(f"error: {error}")

@@ -49,6 +49,7 @@ class Component(Options):
 
     family: ClassVar[str] = ""
     types: ClassVar[Mapping[str, str]] = {}
+    default_type: ClassVar[str] = ""  # the short name that a mapping without `type` stands for
 
     @model_validator(mode="wrap")
     @classmethod
@@ -57,9 +58,11 @@ class Component(Options):
             return handler(value)
         if isinstance(value, str):
             value = {"type": value}
-        if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
+        options = dict(value) if isinstance(value, Mapping) else {}
+        if isinstance(value, Mapping) and cls.default_type:
+            options.setdefault("type", cls.default_type)
+        if not isinstance(options.get("type"), str):
             raise ValueError(f"expected {_choices(cls)} or a mapping with `type`, found {value!r}")
-        options = dict(value)
         return component_class(cls, options.pop("type")).model_validate(options)
 
     @model_serializer(mode="wrap")

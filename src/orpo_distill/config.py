@@ -6,13 +6,23 @@ the method; all others are part of the fingerprint of the stages that they reach
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, PositiveInt, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from orpo_distill.component import SPEED_ONLY, Component, Options, component_class
 from orpo_distill.errors import ConfigError
@@ -69,6 +79,16 @@ class PairsSection(Options):
     min_response_tokens: PositiveInt = 1  # in the student's tokens
     max_response_tokens: PositiveInt | None = None
 
+    @field_validator("phi", mode="wrap")
+    @classmethod
+    def _phi_in_one_message(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise ValueError(
+                f"expected a number from 0 to 1, a list of them (one a round) or {{start, end}}, found {value!r}"
+            ) from error
+
 
 class LoraSection(Options):
     """Low-rank adapters instead of full fine-tuning (needs the extra `lora`)."""
@@ -101,6 +121,13 @@ class TrainSection(Options):
     logging_steps: Annotated[PositiveInt, SPEED_ONLY] = 10
     report_to: Annotated[tuple[str, ...], SPEED_ONLY] = ()  # Trainer's trackers: tensorboard, wandb, trackio, ...
     keep: Annotated[Literal["last", "all"], SPEED_ONLY] = "last"  # optimizer states of finished rounds
+
+
+class VerifySection(Options):
+    """How verifiers that can hang (math, and a user's own) are run."""
+
+    timeout: float = Field(10.0, gt=0)  # seconds a trace
+    processes: Annotated[PositiveInt, SPEED_ONLY] = 1
 
 
 class EvaluateSection(Options):
@@ -143,6 +170,7 @@ class Config(Options):
     teacher: TeacherSection
     student: StudentSection
     rounds: PositiveInt = 5
+    verify: VerifySection = VerifySection()
     pairs: PairsSection = PairsSection()
     objective: SerializeAsAny[Objective] = Field(default="orpo", validate_default=True)
     train: TrainSection = TrainSection()
@@ -157,9 +185,14 @@ class Config(Options):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if unknown := self.objective.requires - {"rejected"}:
+            raise ValueError(f"expected an objective that requires nothing but 'rejected', found {sorted(unknown)}")
         phi = self.pairs.phi
-        if isinstance(phi, tuple) and len(phi) != self.rounds:
-            raise ValueError(f"expected pairs.phi with one value a round ({self.rounds}), found {len(phi)}")
+        if isinstance(phi, tuple) and (len(phi) != self.rounds or phi[0]):
+            raise ValueError(
+                f"expected pairs.phi with one value a round ({self.rounds}), the first 0 because round 1 has only the "
+                f"initial student, found {list(phi)}"
+            )
         for role in (self.teacher, self.student):
             if role.samples > 1 and role.decoding.temperature == 0:
                 where = "teacher" if role is self.teacher else "student"
@@ -172,7 +205,7 @@ class Config(Options):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read an experiment. `overrides` are `dotted.key=value`. Raises ConfigError with every problem found."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"expected a YAML file at {path}, found: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -181,7 +214,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(data).__name__}")
     for override in overrides:
         _apply(data, override)
-    return parse_config(_numbers(data))
+    return parse_config(data)
 
 
 def parse_config(data: dict[str, Any]) -> Config:
@@ -208,7 +241,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"expected key=value, found {override!r}; for instance train.learning_rate=1e-5")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"expected a YAML value in {override!r}, found: {error}") from error
     *parents, last = key.split(".")
@@ -221,18 +254,17 @@ def _apply(data: dict[str, Any], override: str) -> None:
     data[last] = value
 
 
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 (no dot) as text; everybody who writes it means the number."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and "e" in value.lower() and value[:1] in "+-.0123456789":
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-5 (no dot) as text; everybody who writes it means the number, as YAML 1.2 does."""
+
+
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?|\.\d)\d*[eE][-+]?\d+")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain data from YAML, by the safe loader. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
 
 
 def _explain(error: Any, model: type[BaseModel], data: Any) -> str:

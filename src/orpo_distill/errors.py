@@ -42,8 +42,11 @@ class TrainingError(OrpoDistillError, RuntimeError):
     """Training stopped: loss not finite, or out of memory."""
 
 
-class Interrupted(OrpoDistillError):
-    """A signal asked the run to stop; what was finished is kept. `exit_code` is 128 plus the signal's number."""
+class Interrupted(BaseException):
+    """A signal asked the run to stop; what was finished is kept. `exit_code` is 128 plus the signal's number.
+
+    Like KeyboardInterrupt it is no Exception, so that nobody's `except Exception` swallows it.
+    """
 
     def __init__(self, signal_number: int) -> None:
         self.exit_code = 128 + signal_number

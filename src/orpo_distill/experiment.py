@@ -12,11 +12,12 @@ import yaml
 
 from orpo_distill.config import Config, load_config
 from orpo_distill.errors import RunError
+from orpo_distill.execution import execute, refuse_stale, state
 from orpo_distill.launch import Launcher
 from orpo_distill.plan import plan, select
 from orpo_distill.progress import say
 from orpo_distill.records import write_text
-from orpo_distill.runs import Metrics, RunFolder, Stage, disk_errors_explained, environment, execute
+from orpo_distill.runs import Metrics, RunFolder, Stage, disk_errors_explained, environment
 
 
 def run(config: Config, until: str | None = None, redo: Sequence[str] = (), keep: Sequence[str] = ()) -> Path:
@@ -30,31 +31,39 @@ def run(config: Config, until: str | None = None, redo: Sequence[str] = (), keep
         stages = select(stages, until)
     folder = RunFolder(config.run_dir)
     with disk_errors_explained(folder.path), folder.lock():
+        refuse_stale(stages, folder, redo, keep)
         write_text(folder.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         write_text(folder.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
         execute(stages, folder, _Timed(Launcher(config.launch), folder), redo, keep)
     return folder.path
 
 
-def status(path: Path) -> list[tuple[str, str, Metrics]]:
-    """The stages of a run folder, each with `finished`, `unfinished` or `not started`, and its metrics."""
+def status(path: Path) -> list[tuple[str, str, str]]:
+    """The stages of a run folder, each with its `execution.state` and what came out of it in a few words."""
     config = path / "config.yaml"
     if not config.exists():
         raise RunError(f"expected a run folder with a config.yaml at {path}, found none; name a folder in runs/")
     folder = RunFolder(path)
-    rows: list[tuple[str, str, Metrics]] = []
+    rows = []
     for stage in plan(load_config(config)):
         manifest = folder.manifest(stage.name)
-        if manifest:
-            rows.append((stage.name, "finished", manifest.metrics))
-        else:
-            started = folder.asked(stage.name) is not None
-            rows.append((stage.name, "unfinished" if started else "not started", {}))
+        came_out = _brief(stage, manifest.metrics) if manifest else _so_far(folder.of(stage.name))
+        kept = f" (kept although changed: {', '.join(manifest.asked.kept)})" if manifest and manifest.asked.kept else ""
+        rows.append((stage.name, state(stage, folder), came_out + kept))
     return rows
 
 
+def _so_far(folder: Path) -> str:
+    """How many records an unfinished stage has."""
+    count = 0
+    for partial in folder.glob("*.partial*.jsonl"):
+        with partial.open("rb") as lines:
+            count += sum(1 for _ in lines)
+    return f"{count} so far" if count else ""
+
+
 class _Timed:
-    """Says what starts, and keeps the seconds each stage took in `times.json`, apart from the results."""
+    """Says what starts, and keeps the seconds that what stands took to make in `times.json`, apart from the results."""
 
     def __init__(self, launcher: Launcher, folder: RunFolder) -> None:
         self._launcher = launcher
@@ -62,11 +71,11 @@ class _Timed:
 
     def __call__(self, stage: Stage, inputs: Mapping[str, Path], out: Path) -> Metrics:
         say(f"{stage.name} ...")
-        started = time.monotonic()
+        started, is_new = time.monotonic(), {path.name for path in out.iterdir()} == {"stage.json"}
         metrics = self._launcher(stage, inputs, out)
         seconds = time.monotonic() - started
         times: dict[str, Any] = json.loads(self._path.read_bytes()) if self._path.exists() else {}
-        times[stage.name] = round(times.get(stage.name, 0.0) + seconds, 2)
+        times[stage.name] = round((0.0 if is_new else times.get(stage.name, 0.0)) + seconds, 2)
         write_text(self._path, json.dumps(times, indent=1) + "\n")
         say(f"{stage.name}: {_brief(stage, metrics)} ({seconds:.1f} s)")
         return metrics

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from orpo_distill.errors import DataError
 from orpo_distill.records import Message, Pair, derive_seed
-from orpo_distill.samplers.prompts import encode_prompt
+from orpo_distill.samplers.prompts import encode_prompt, end_of_response
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,14 +73,12 @@ def tokenize(
 def _encode_responses(
     texts: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[tuple[str, bool], Tokens]:
-    """Tokens of each (text, cut); one that was not cut ends with the end-of-sequence token."""
-    if tokenizer.eos_token_id is None:
+    """Tokens of each (text, cut); one that was not cut ends with the token that ends a response."""
+    end = end_of_response(tokenizer)
+    if end is None:
         raise DataError("expected a tokenizer with an end-of-sequence token, found none; set its eos_token")
     encoded = tokenizer([text for text, _ in texts], add_special_tokens=False, verbose=False)["input_ids"]
-    return {
-        (text, cut): (*ids, *(() if cut else (tokenizer.eos_token_id,)))
-        for (text, cut), ids in zip(texts, encoded, strict=True)
-    }
+    return {(text, cut): (*ids, *(() if cut else (end,))) for (text, cut), ids in zip(texts, encoded, strict=True)}
 
 
 def _check(row: Row, max_length: int, with_rejected: bool) -> None:

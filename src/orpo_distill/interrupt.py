@@ -7,6 +7,7 @@ and its checkpoint) runs under `deferred`, which only takes note of the signal, 
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -49,6 +50,9 @@ def deferred(patience: float = 20.0) -> Iterator[Stop]:
     Raises Interrupted at the block's end if a signal came, or inside the block `patience` seconds after the signal.
     """
     stop = Stop()
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread, as Python has it
+        yield stop
+        return
 
     def note(number: int, _: FrameType | None) -> None:
         if stop.signal_number is None:

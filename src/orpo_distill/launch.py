@@ -99,9 +99,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with signals_raise(), disk_errors_explained(out):
             metrics = call(data["work"], options, {key: Path(path) for key, path in data["inputs"].items()}, out)
+    except Interrupted as error:
+        return error.exit_code
     except OrpoDistillError as error:
-        if not isinstance(error, Interrupted):
-            write_text(job.error, str(error))
+        write_text(job.error, str(error))
         return error.exit_code
     if int(os.environ.get("RANK", "0")) == 0 and job.call.name == "call.json":
         write_text(out / "metrics.json", json.dumps(metrics))

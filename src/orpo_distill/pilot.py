@@ -19,7 +19,7 @@ from orpo_distill.mixing import phi_of_round
 from orpo_distill.models import load_model, load_tokenizer, pick_device
 from orpo_distill.progress import say
 from orpo_distill.records import Pair, read_jsonl
-from orpo_distill.runs import read_manifest
+from orpo_distill.runs import RunFolder, read_manifest
 
 MOST_TIMED = 4  # micro-batches
 
@@ -27,7 +27,7 @@ MOST_TIMED = 4  # micro-batches
 def pilot(config: Config, count: int, redo: Sequence[str] = (), keep: Sequence[str] = ()) -> str:
     """Run up to round 1's pairs on `count` problems. Returns the forecast in words."""
     limit = config.problems.limit
-    problems = config.problems.model_copy(update={"limit": min(count, limit) if limit else count})
+    problems = config.problems.model_copy(update={"limit": _pilot_limit(config, count)})
     folder = run(config.model_copy(update={"problems": problems}), "round-1/pairs", redo, keep)
     counted = read_manifest(folder / "problems").metrics
     pairs = read_manifest(folder / "round-1" / "pairs").metrics
@@ -37,7 +37,7 @@ def pilot(config: Config, count: int, redo: Sequence[str] = (), keep: Sequence[s
     texts = [name for name in ("teacher", "student-0") if (folder / name).exists()]
     traces = sum(read_manifest(folder / name).metrics["traces"] for name in texts)
     paired = pairs["paired_problems"]
-    making = sum(seconds.values()) * whole / taken
+    making = sum(seconds.get(f"{name}{part}", 0.0) for name in texts for part in ("", "-verdicts")) * whole / taken
     phis = [phi_of_round(config.pairs.phi, number, config.rounds) for number in range(1, config.rounds + 1)]
     refreshing = seconds.get("student-0", 0.0) * whole / taken * sum(phis)
     rows = pairs["pairs"] * whole // taken
@@ -50,12 +50,21 @@ def pilot(config: Config, count: int, redo: Sequence[str] = (), keep: Sequence[s
         [
             f"problems: {taken} of {whole}",
             f"with both sides: {paired} ({paired / taken:.0%})",
-            f"pairs: {pairs['pairs']}, sampled traces for each: {traces / max(1, pairs['pairs']):.1f}",
+            f"pairs: {pairs['pairs']}, traces sampled for each pair: {traces / max(1, pairs['pairs']):.1f}",
             f"time for all {whole} problems on one device: {_minutes(making)} for sampling, verifying and pairing, "
             f"{_minutes(refreshing)} for refreshing negatives, {_minutes(training)} for training "
             f"({config.rounds} x {steps} steps); evaluation and loading not counted",
         ]
     )
+
+
+def _pilot_limit(config: Config, count: int) -> int | None:
+    """`count` problems, or all that the config allows or the run already has, if these are fewer or more."""
+    asked = RunFolder(config.run_dir).asked("problems")
+    standing = asked.options.get("problems.limit") if asked else 0
+    if standing is None or standing >= count:
+        return standing
+    return min(count, config.problems.limit) if config.problems.limit else count
 
 
 def seconds_a_pair(config: Config, pairs: Path) -> float:

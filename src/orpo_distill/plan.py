@@ -11,7 +11,6 @@ from orpo_distill.errors import ConfigError
 from orpo_distill.mixing import phi_of_round
 from orpo_distill.objectives import Objective
 from orpo_distill.runs import Stage
-from orpo_distill.samplers import Sampler
 from orpo_distill.stages.evaluate import EvaluateOptions
 from orpo_distill.stages.export import ExportOptions
 from orpo_distill.stages.pair import PairOptions
@@ -111,7 +110,7 @@ def _verify(config: Config, name: str, traces: str) -> Stage:
     return Stage(
         name,
         "orpo_distill.stages.verify:verify",
-        VerifyOptions(task=config.task),
+        VerifyOptions(task=config.task, verify=config.verify),
         {"problems": "problems", "traces": traces},
         outputs=("verdicts.jsonl",),
         grows=frozenset({"inputs.traces"}),
@@ -155,7 +154,14 @@ def _train(config: Config, number: int) -> Stage:
     if number > 1:
         inputs["previous"] = f"round-{number - 1}/train"
     options = _train_options(config, config.objective, number, number)
-    return Stage(f"round-{number}/train", "orpo_distill.stages.train:train", options, inputs, outputs=("model",))
+    return Stage(
+        f"round-{number}/train",
+        "orpo_distill.stages.train:train",
+        options,
+        inputs,
+        outputs=("model",),
+        consumes={"previous": "checkpoint"} if number > 1 else {},
+    )
 
 
 def _train_options(config: Config, objective: Objective, first: int, last: int) -> TrainOptions:
@@ -187,23 +193,21 @@ def _evaluate(config: Config, name: str, policy: str, model: str | None = None) 
         limits["validation"] = config.evaluate.validation_limit
     options = EvaluateOptions(
         task=config.task,
-        sampler=_evaluation_sampler(config, is_teacher),
+        sampler=config.teacher.sampler if is_teacher else config.student.sampler,
         decoding=config.evaluate.decoding,
         model=model,
         policy=policy,
         prefix=config.teacher.prefix if is_teacher else "",
         limits=limits,
         seed=config.problems.seed,
+        verify=config.verify,
     )
     inputs = {"problems": "problems"} | ({} if model else {"model": name.replace("evaluate", "train")})
-    grows = frozenset({"limits.test", "limits.validation", "inputs.problems"})
+    # Another verifier judges the same answers again.
+    grows = frozenset({"limits.test", "limits.validation", "inputs.problems", "task.verifier.*"})
     return Stage(
         name, "orpo_distill.stages.evaluate:evaluate", options, inputs, ("results.json",), grows, ignores=SOURCE
     )
-
-
-def _evaluation_sampler(config: Config, is_teacher: bool) -> Sampler:
-    return config.teacher.sampler if is_teacher else config.student.sampler
 
 
 def _report(config: Config, stages: list[Stage]) -> Stage:
@@ -213,7 +217,8 @@ def _report(config: Config, stages: list[Stage]) -> Stage:
         key = f"evaluate:{options.policy}" if isinstance(options, EvaluateOptions) else stage.name
         inputs[key] = stage.name
     options = ReportOptions(name=config.name, rounds=config.rounds)
-    return Stage("report", "orpo_distill.stages.report:report", options, inputs, outputs=("report.json", "report.md"))
+    outputs = ("report.json", "report.md")
+    return Stage("report", "orpo_distill.stages.report:report", options, inputs, outputs, grows=frozenset("*"))
 
 
 def _export(config: Config) -> Stage:
@@ -222,10 +227,12 @@ def _export(config: Config) -> Stage:
         teacher=config.teacher.model,
         student=config.student.model,
         task=type(config.task).__name__,
+        dtype=config.train.dtype,
         trust_remote_code=config.train.trust_remote_code,
     )
     inputs = {"model": f"round-{config.rounds}/train", "report": "report"}
-    return Stage("student", "orpo_distill.stages.export:export", options, inputs, outputs=("config.json",))
+    outputs = ("config.json",)
+    return Stage("student", "orpo_distill.stages.export:export", options, inputs, outputs, grows=frozenset("*"))
 
 
 def _phi(config: Config, number: int) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from math import ceil
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from orpo_distill.component import Component
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError, OrpoDistillError
 from orpo_distill.mixing import phi_of_round
@@ -14,13 +15,17 @@ from orpo_distill.models import checkpoint_folder
 from orpo_distill.plan import plan
 from orpo_distill.records import Problem
 from orpo_distill.runs import Stage
+from orpo_distill.samplers.hf import HF
 from orpo_distill.sampling import with_prefix
+from orpo_distill.stages.problems import ProblemsOptions
+from orpo_distill.stages.problems import problems as make_problems
 from orpo_distill.tasks import take
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Table = list[tuple[str, ...]]
+A = TypeVar("A")
 T = TypeVar("T")
 
 
@@ -42,8 +47,8 @@ def rendered(config: Config, count: int) -> str:
     problems = take(config.task.load(config.problems.train), config.problems.limit, config.problems.seed)[:count]
     student = load_tokenizer(config.student.model, config.train.trust_remote_code)
     teacher: PreTrainedTokenizerBase | None = None
-    if _is_local_model(config.teacher.sampler):
-        teacher = load_tokenizer(config.teacher.model)
+    if isinstance(config.teacher.sampler, HF):
+        teacher = load_tokenizer(config.teacher.model, config.teacher.sampler.trust_remote_code)
     parts = []
     for problem in problems:
         messages = config.task.messages(problem)
@@ -54,11 +59,11 @@ def rendered(config: Config, count: int) -> str:
 
 
 def _training_row(config: Config, problem: Problem, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    from orpo_distill.samplers.prompts import encode_prompt
+    from orpo_distill.samplers.prompts import encode_prompt, end_of_response
 
     prompt = encode_prompt(tokenizer, config.task.messages(problem))
     response = tokenizer(f"... The answer is {problem.answer}.", add_special_tokens=False)["input_ids"]
-    ids = [*response, tokenizer.eos_token_id]
+    ids = [*response, end_of_response(tokenizer)]
     return [
         f"--- training row: {len(prompt)} masked tokens between [[ and ]], then {len(ids)} trained ones",
         f"[[{tokenizer.decode(prompt)}]]{tokenizer.decode(ids)}",
@@ -69,7 +74,7 @@ def _checked_counts(config: Config) -> tuple[int | None, int | None]:
     """Numbers of train and test problems of a local data set, None for one on the hub."""
     problems: list[str] = []
 
-    def attempt(check: Callable[[str], T], argument: str) -> T | None:
+    def attempt(check: Callable[[A], T], argument: A) -> T | None:
         try:
             return check(argument)
         except OrpoDistillError as error:
@@ -77,23 +82,31 @@ def _checked_counts(config: Config) -> tuple[int | None, int | None]:
             return None
 
     attempt(checkpoint_folder, config.student.model)
-    if _is_local_model(config.teacher.sampler):
+    if isinstance(config.teacher.sampler, HF):
         attempt(checkpoint_folder, config.teacher.model)
-    train = test = None
+    for sampler in (config.teacher.sampler, config.student.sampler):
+        attempt(type(sampler).check, sampler)
+    counts = None
     if getattr(config.task, "path", None) is not None:
-        train, test = (attempt(config.task.load, split) for split in (config.problems.train, config.problems.test))
+        counts = attempt(_count, config)
     if problems:
-        raise ConfigError(problems)
-    return _capped(train, config.problems.limit), _capped(test, config.evaluate.limit)
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return (
+        (counts["train"], _capped(counts["test"], config.evaluate.limit))
+        if counts
+        else (config.problems.limit, config.evaluate.limit)
+    )
 
 
-def _is_local_model(sampler: Component) -> bool:
-    return sampler.types["hf"].endswith(f":{type(sampler).__qualname__}")
+def _count(config: Config) -> dict[str, int]:
+    """What the problems stage will count, from making its files in passing."""
+    options = ProblemsOptions(task=config.task, problems=config.problems)
+    with tempfile.TemporaryDirectory() as folder:
+        return make_problems(options, {}, Path(folder))
 
 
-def _capped(found: list[Problem] | None, limit: int | None) -> int | None:
-    known = [number for number in (None if found is None else len(found), limit) if number is not None]
-    return min(known) if known else None
+def _capped(found: int, limit: int | None) -> int:
+    return found if limit is None else min(found, limit)
 
 
 def _size(stage: Stage, config: Config, train: int | None, test: int | None) -> str:

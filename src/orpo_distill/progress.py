@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 Advance = Callable[[int], None]
 SECONDS_BETWEEN_LINES = 10.0
+LEAST_SHARE = 0.03  # of the work that is done before the time left is guessed
 
 
 def say(text: str) -> None:
@@ -31,8 +32,9 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Advance]:
         count += n
         if (now := time.monotonic()) - last >= SECONDS_BETWEEN_LINES:
             last = now
-            left = (total - count) * (now - started) / max(1, count - done)
-            say(f"  {label}: {count}/{total}, about {left:.0f} s left")
+            share = (count - done) / max(1, total - done)
+            left = (now - started) * (1 / share - 1) if share > LEAST_SHARE else None
+            say(f"  {label}: {count}/{total}" + (f", about {left:.0f} s left" if left is not None else ""))
 
     yield advance_plain
 

@@ -51,9 +51,9 @@ class FinishReason(StrEnum):
 class Trace:
     """One sampled text: who wrote it, for which problem, as which of its K samples.
 
-    `policy` is `teacher` or `student-R` (R = rounds of training it has had). `prompt_id` is a hash of the messages that
-    were sent, so that a changed prompt or question is never answered with an old text. Token counts are the sampler's
-    own, None where it cannot tell.
+    `policy` is `teacher`, `student-R` (R = rounds of training it has had) or `sft`. `prompt_id` is a hash of the
+    messages that were sent, so that a changed prompt or question is never answered with an old text. Token counts are
+    the sampler's own, None where it cannot tell.
     """
 
     id: str
@@ -68,9 +68,9 @@ class Trace:
     prompt_id: str = ""
 
     @staticmethod
-    def make_id(policy: str, problem_id: str, sample_index: int, text: str) -> str:
-        """A stable id: 16 hex digits of sha256 over policy, problem, index and text."""
-        return stable_hash(policy, problem_id, sample_index, text)[:16]
+    def make_id(policy: str, problem_id: str, sample_index: int, text: str, finish_reason: FinishReason) -> str:
+        """A stable id: 16 hex digits of sha256 over what a verdict can depend on, and where the trace stands."""
+        return stable_hash(policy, problem_id, sample_index, text, finish_reason)[:16]
 
 
 class Outcome(StrEnum):

@@ -109,7 +109,7 @@ def _whole_lines(path: Path) -> Iterator[Trace]:
 def _trace(completion: Completion, policy: str) -> Trace:
     request = completion.request
     return Trace(
-        id=Trace.make_id(policy, request.problem_id, request.sample_index, completion.text),
+        id=Trace.make_id(policy, request.problem_id, request.sample_index, completion.text, completion.finish_reason),
         problem_id=request.problem_id,
         policy=policy,
         sample_index=request.sample_index,

@@ -53,9 +53,9 @@ def judge(verifier: Verifier, problem: Problem, trace: Trace) -> Verdict:
         found: object = verifier(problem, trace)
     except Exception as error:
         return failed(trace, f"the verifier raised {type(error).__name__}: {error}")
-    if not isinstance(found, Verdict):
-        return failed(trace, f"the verifier returned {type(found).__name__}, expected a Verdict")
-    return found
+    if isinstance(found, Verdict) and found.trace_id == trace.id and isinstance(found.outcome, Outcome):
+        return found
+    return failed(trace, f"expected a Verdict(trace.id, Outcome, answer, reason) of the verifier, found {found!r}")
 
 
 def failed(trace: Trace, reason: str) -> Verdict:

@@ -38,7 +38,13 @@ def make(folder: Path, samples: int, problems: int = 3, first: str = "The answer
     rows = [Problem(f"p{index}", "?", str(index)) for index in range(problems)]
     write_jsonl(folder / "problems" / "problems.jsonl", rows)
     traces = [
-        Trace(Trace.make_id("teacher", row.id, k, f"{first} {k}."), row.id, "teacher", k, f"{first} {k}.")
+        Trace(
+            Trace.make_id("teacher", row.id, k, f"{first} {k}.", FinishReason.STOP),
+            row.id,
+            "teacher",
+            k,
+            f"{first} {k}.",
+        )
         for row in rows
         for k in range(samples)
     ]

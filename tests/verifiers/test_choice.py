@@ -81,7 +81,32 @@ def judge(
         ("The answer is not (B).", U),
         ("Option (B) is incorrect.", U),
         ("Option (A) is correct to some extent, but not here. Options (C) and (D) are wrong.", U),
+        ("A) is wrong. B) is right.", "B"),
+        ("At first glance A seems right, but B is the correct choice.", "B"),
+        ("I think it's A... actually, no, it's B.", "B"),
+        ("The answer isn't A, it's B.", "B"),
+        ("The answer is not (A) but (B).", "B"),
+        ("Not A, not C, not D - so B.", "B"),
+        # plain words of choosing
+        ("I would choose B", "B"),
+        ("I'd go with B.", "B"),
+        ("It's B.", "B"),
+        ("Hence, (B).", "B"),
+        ("Therefore B.", "B"),
+        ("So B is the answer.", "B"),
+        ("B seems to be the best option.", "B"),
+        ("Of the options given, B makes the most sense.", "B"),
+        ("(b)", "B"),
+        ("b", "B"),
+        ("<answer>B</answer>", "B"),
+        ("La respuesta correcta es B.", "B"),
+        ("It's A nice day.", U),
+        ("So I say that vitamin C is the best.", U),
         # the choice's text without its letter
+        ("Seals live at sea. Therefore, the water would taste salty.", "B"),
+        ("Therefore, the water is not salty.", U),
+        ("Therefore, the water is salty or sweet.", U),
+        ("Therefore, the sweet water turns salty.", U),
         ("The answer is salty.", "B"),
         ("The answer is salty, because seals live at sea.", "B"),
         ("The correct answer is the sandy desert.", "D"),
@@ -163,6 +188,11 @@ def test_choices_with_equal_texts_do_not_contradict() -> None:
 def test_a_gold_answer_must_be_a_choices_letter(gold: str) -> None:
     with pytest.raises(ValueError, match="expected the letter of one of 4 choices"):
         Choice().check_gold(Problem("p", "?", gold, CHOICES))
+
+
+def test_a_choice_within_another_or_of_digits_is_not_read_from_a_sentence() -> None:
+    assert judge("Therefore, it was placed on dry ice.", choices=("ice", "dry ice")) is U
+    assert judge("Therefore, 100 mg are given.", choices=("10", "100")) is U
 
 
 def test_a_problem_without_choices_is_refused() -> None:

@@ -54,6 +54,8 @@ CASES = [
     ("The answer is $8$.", STOP, "7", W),
     ("The answer is 8.", STOP, "7", W),
     ("It depends.", STOP, "7", A),
+    ("The answer is 7 or 8.", STOP, "7", A),
+    ("<answer>$7$</answer>", STOP, "7", C),
     ("The answer depends on $x$.", STOP, "7", A),
     ("The answer could be $7$.", STOP, "7", A),
     (r"\boxed{7}. Wait, that is wrong.", STOP, "7", A),

@@ -90,6 +90,41 @@ def judge(text: str, gold: str = "18", finish: str = "stop") -> tuple[Outcome, s
         ("She sells 9 eggs at $2 each, so she makes **$18** every day.", "18", C, "18"),
         ("9 * 2 = 18.\nSo she makes 18 dollars.", "18", C, "18"),
         ("Therefore, she makes 9 * 2 = $18 at the market.", "18", C, "18"),
+        ("9 * 2 = 18", "18", C, "18"),
+        ("Add the rest to find the final amount: 27 eggs - 9 eggs = 18 eggs", "18", C, "18"),
+        ("1. 16 - 7 = 9\n2. 9 x $2/egg = $18/day", "18", C, "18"),
+        ("9 * 2 = $<<9*2=18>>18 a day.", "18", C, "18"),
+        ("Eggs left: 16 - 7 = 9\nTotal: $1,200.00", "1200", C, "1200"),
+        ("36 / 2 = 18.5, which rounds to 18.", "18", C, "18"),
+        ("He needs 53 / 3 = 17.7 buses, so he hires 18.", "18", C, "18"),
+        ("So 36/2 = x/2 or 18 = x.", "18", C, "18"),
+        ("9 * 2 = 18. So she makes $18 by selling 9 eggs.", "18", C, "18"),
+        ("So, she sold 18 clips in total: 8 in April and 10 in May.", "18", C, "18"),
+        ("So she makes $18.\n\nLet's verify: 9 + 9 = 18 and 3 + 4 = 7.", "18", C, "18"),
+        ("Thus, she makes $18. Note: this assumes that 3 eggs are eaten.", "18", C, "18"),
+        ("18 eggs. Explanation: she had 20 and ate 2.", "18", C, "18"),
+        ("So she has eighteen eggs left.", "18", C, "18"),
+        ("She pays Rs. 450 in all.", "450", C, "450"),
+        ("She pays 3 dollars and 50 cents.", "3.5", C, "3.5"),
+        ("₹1,20,000", "120000", C, "120000"),
+        ("A: 18", "18", C, "18"),
+        ("So she makes $18. 🎉", "18", C, "18"),
+        ("She earned $18 in all: 2 * 5 = 10 for eggs, plus 2 * 4 = 8 for milk.", "18", A, None),
+        ("So she needs 2 dozen eggs.", "2", U, None),
+        ("So, does she make $18?", "18", U, None),
+        ("She would make 18 if she ate none.", "18", U, None),
+        # tags, short forms, other languages, what stands behind the text
+        ("<answer>18</answer>", "18", C, "18"),
+        ("<think>It is 20.</think><answer>18</answer>", "18", C, "18"),
+        ("Ans: 18", "18", C, "18"),
+        ("答案是18。", "18", C, "18"),
+        ("Die Antwort ist 18.", "18", C, "18"),
+        ("La respuesta es 18.", "18", C, "18"),
+        ("The answer is 18.</s>", "18", C, "18"),
+        ("#### 18\n\n### Instruction:\nWhat is 2 + 2?\n\n### Response:\n#### 4", "18", C, "18"),
+        ("The answer is not 20 but 18.", "18", C, "18"),
+        ("The answer isn't 20. It's 18.", "18", C, "18"),
+        ("The answer is 1/3 of 54, which is 18.", "18", C, "18"),
         # two answers, or none
         ("The answer is 18 or 20.", "18", A, None),
         ("The answer is either 18 or 20.", "18", A, None),
@@ -109,7 +144,6 @@ def judge(text: str, gold: str = "18", finish: str = "stop") -> tuple[Outcome, s
         ("I don't think the answer is 18.", "18", U, None),
         ("The wrong answer is 18.", "18", U, None),
         ("She has 16 eggs and eats 3. She sells 18.", "18", U, None),
-        ("9 * 2 = 18", "18", U, None),
         ("#### Step 18: compute the rest", "18", U, None),
         ("The answer is 1,5.", "1.5", U, None),
         ("The answer is 18x.", "18", U, None),
@@ -117,7 +151,6 @@ def judge(text: str, gold: str = "18", finish: str = "stop") -> tuple[Outcome, s
         ("The answer is one hundred.", "1", U, None),
         ("The answer is 2 dozen eggs.", "2", U, None),
         ("The answer is 18 and a half.", "18", U, None),
-        ("Add the rest to find the final amount: 27 eggs - 9 eggs = 18 eggs", "18", U, None),
         ("It takes 11 years until it is old The answer is 18.", "18", C, "18"),
         ("The third answer was 18.", "18", U, None),
         ("The answer is 3:30.", "3", U, None),
@@ -128,6 +161,40 @@ def judge(text: str, gold: str = "18", finish: str = "stop") -> tuple[Outcome, s
 )
 def test_finished_text(text: str, gold: str, outcome: Outcome, answer: str | None) -> None:
     assert judge(text, gold) == (outcome, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome", "answer"),
+    [
+        ("She sells 9 eggs for $2 each and makes $18 every day.", A, None),  # neither number is given
+        ("She makes $18 by selling eggs for $2.", C, "18"),
+        ("She eats 3 and bakes with 4.\nShe makes $18 a day.", C, "18"),
+        ("She makes $20 a day. That is so because 16 eggs are laid and 3 are eaten.", U, None),
+        ("She makes $18 a day.\n\nSolution:\n16 - 3 = 13\n13 - 4 = 9", A, None),  # the answer, then its reasons
+        ("She makes $18 a day. She sells 9 eggs.", U, None),
+        ("She sells them for $2.", U, None),
+    ],
+)
+def test_the_question_tells_given_numbers_from_found_ones(text: str, outcome: Outcome, answer: str | None) -> None:
+    question = "Ducks lay 16 eggs. Janet eats 3, bakes with 4 and sells the rest for $2 each. What does she make?"
+    found = Number()(Problem("p", question, "18"), Trace("t", "p", "teacher", 0, text))
+    assert (found.outcome, found.answer) == (outcome, answer)
+
+
+def test_a_question_may_count_in_millions() -> None:
+    problem = Problem("p", "How much is left, in millions of dollars?", "4")
+    assert Number()(problem, Trace("t", "p", "teacher", 0, "The answer is $4 million.")).outcome is C
+    assert Number()(problem, Trace("t", "p", "teacher", 0, "The answer is 4.")).outcome is C
+    assert judge("The answer is $4 million.", "4")[0] is W
+
+
+@pytest.mark.parametrize("start", ["", "She sells 9 eggs. "])
+def test_a_text_that_repeats_its_question_is_read_on(start: str) -> None:
+    problem = Problem("p", "What does she make?", "18")
+    text = f"{start}Step by step:\n\nQuestion: What does she make?\n9 * 2 is easy. The answer is 18."
+    assert Number()(problem, Trace("t", "p", "teacher", 0, text)).outcome is C
+    text = "The answer is 18.\n\nQuestion: What does she make?\nThe answer is 20."
+    assert Number()(problem, Trace("t", "p", "teacher", 0, text)).outcome is C
 
 
 @pytest.mark.parametrize(

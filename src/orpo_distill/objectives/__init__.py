@@ -38,6 +38,7 @@ class Objective(Component):
     """A loss a pair."""
 
     family = "objective"
+    default_type = "orpo"
     types = {
         "orpo": "orpo_distill.objectives.orpo:Orpo",
         "sft": "orpo_distill.objectives.sft:Sft",

@@ -57,11 +57,15 @@ class Sampler(Component):
     """An engine that writes text for prompts."""
 
     family = "sampler"
+    default_type = "hf"
     types = {
         "hf": "orpo_distill.samplers.hf:HF",
         "recorded": "orpo_distill.samplers.recorded:Recorded",
         "scripted": "orpo_distill.samplers.scripted:Scripted",
     }
+
+    def check(self) -> None:
+        """Raise DataError for options that cannot work, such as a missing file; before any work is done."""
 
     @abstractmethod
     def open(self, model: str) -> AbstractContextManager[Generate]:

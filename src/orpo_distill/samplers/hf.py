@@ -42,13 +42,20 @@ class HF(Sampler):
     def open(self, model: str) -> Iterator[Generate]:
         """Load the model and its tokenizer. Raises ModelError; ConfigError where torch or transformers is missing."""
         try:
-            import torch  # noqa: F401
+            import torch
             import transformers  # noqa: F401
         except ImportError as error:
             raise missing_extra(error.name or "transformers", "hf") from error
         tokenizer = load_tokenizer(model, self.trust_remote_code)
         loaded = load_model(model, self.dtype, self.device, self.trust_remote_code)
-        yield Engine(loaded, tokenizer, self.rows)
+        engine = Engine(loaded, tokenizer, self.rows)
+        try:
+            yield engine
+        finally:
+            device = loaded.device
+            del loaded, engine.model  # the caller may still hold the engine
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 class Engine:

@@ -19,6 +19,8 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
                 found = json.loads(line)
                 if not isinstance(found, dict):
                     raise ValueError(f"{type(found).__name__} {str(found)[:40]!r}")

@@ -47,6 +47,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     return ids
 
 
+def end_of_response(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends a response in training: the end of the chat template's turn, else the end of sequence."""
+    end = end_of_turn(tokenizer)
+    return tokenizer.eos_token_id if end is None else end
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the chat template writes right after an assistant's text, if it writes one."""
     if not tokenizer.chat_template:

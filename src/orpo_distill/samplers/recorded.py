@@ -29,6 +29,10 @@ class Recorded(Sampler):
     final_line: Literal["none", "append"] = "none"  # append: end in "The answer is ..." with the trace's own answer
     drop_flags: tuple[str, ...] = ("mentions_given_answer", "refers_to_prompt")
 
+    def check(self) -> None:
+        """Raise DataError where the file is not there."""
+        find_file(self.path)
+
     @contextmanager
     def open(self, model: str) -> Iterator[Generate]:
         """Read the whole file. Raises DataError, with the line's number."""

@@ -35,6 +35,11 @@ class Scripted(Sampler):
     default: tuple[str | Reply, ...] = ()
     delay: Annotated[NonNegativeFloat, SPEED_ONLY] = 0.0  # seconds before each completion
 
+    def check(self) -> None:
+        """Raise DataError where the file of replies is not there."""
+        if self.path:
+            find_file(self.path)
+
     @contextmanager
     def open(self, model: str) -> Iterator[Generate]:
         """Read the file of replies. Raises DataError."""

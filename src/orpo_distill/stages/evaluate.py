@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, SerializeAsAny
+from pydantic import SerializeAsAny
 
 from orpo_distill.component import SPEED_ONLY, Options
+from orpo_distill.config import VerifySection
+from orpo_distill.errors import DataError
 from orpo_distill.records import (
     Answer,
     Outcome,
@@ -49,7 +51,7 @@ class EvaluateOptions(Options):
     prefix: str = ""
     limits: dict[str, int | None]
     seed: int
-    verify_timeout: float = Field(default=10.0, gt=0)
+    verify: VerifySection = VerifySection()
     shard: Annotated[tuple[int, int] | None, SPEED_ONLY] = None
 
 
@@ -78,7 +80,11 @@ def evaluate(options: EvaluateOptions, inputs: Mapping[str, Path], out: Path) ->
     verifier = options.task.judge()
     pairs = ((problems[trace.problem_id], trace) for trace in traces)
     verdicts = dict(
-        zip((trace.problem_id for trace in traces), verify_all(verifier, pairs, options.verify_timeout), strict=True)
+        zip(
+            (trace.problem_id for trace in traces),
+            verify_all(verifier, pairs, options.verify.timeout, options.verify.processes),
+            strict=True,
+        )
     )
     write_jsonl(out / "verdicts.jsonl", verdicts.values())
     write_jsonl(out / "answers.jsonl", _answers(splits, verdicts))
@@ -121,6 +127,9 @@ def evaluate_model(model: str, task: Task, sampler: Sampler, decoding: Decoding,
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        write_jsonl(out / f"{name}.jsonl", task.load(split))
+        problems = task.load(split)
+        if not problems:
+            raise DataError(f"expected at least one problem in split {split!r}, found none; name another with --split")
+        write_jsonl(out / f"{name}.jsonl", problems)
         row: Row = evaluate(options, {"problems": out}, out)[name]
     return {**row, "split": split}

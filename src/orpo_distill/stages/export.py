@@ -6,11 +6,11 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orpo_distill.component import Options
 from orpo_distill.records import write_text
-from orpo_distill.stages.report import headline_text, results_table
+from orpo_distill.stages.report import headline_text, markdown_table, results_table
 
 
 class ExportOptions(Options):
@@ -20,6 +20,7 @@ class ExportOptions(Options):
     teacher: str
     student: str
     task: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
     trust_remote_code: bool = False
 
 
@@ -27,7 +28,7 @@ def export(options: ExportOptions, inputs: Mapping[str, Path], out: Path) -> dic
     """Put the model of input `model` into `out`: safetensors, tokenizer, chat template, README.md."""
     source = inputs["model"] / "model"
     if (source / "adapter_config.json").exists():
-        _merge_adapter(source, out, options.trust_remote_code)
+        _merge_adapter(source, out, options)
     else:
         for file in source.iterdir():
             shutil.copyfile(file, out / file.name)
@@ -38,13 +39,12 @@ def export(options: ExportOptions, inputs: Mapping[str, Path], out: Path) -> dic
 
 def model_card(options: ExportOptions, content: dict[str, Any]) -> str:
     """The generated README.md of the student."""
-    table = results_table(content["results"])
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
         f"base_model: {json.dumps(options.student)}",
-        "tags: [orpo-distill, distillation, orpo]",
+        "tags: [orpo-distill, distillation]",
         "---",
         "",
         f"# {options.name}",
@@ -54,9 +54,7 @@ def model_card(options: ExportOptions, content: dict[str, Any]) -> str:
         "",
         headline_text(content["headline"]) + ".",
         "",
-        *("| " + " | ".join(row) + " |" for row in table[:1]),
-        "|" + " --- |" * len(table[0]),
-        *("| " + " | ".join(row) + " |" for row in table[1:]),
+        *markdown_table(results_table(content["results"])),
         "",
         "Greedy decoding unless the config says otherwise; Wilson intervals. Licences of the initial model, of the "
         "questions and the terms of the teacher's provider apply.",
@@ -65,8 +63,8 @@ def model_card(options: ExportOptions, content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _merge_adapter(source: Path, out: Path, trust_remote_code: bool) -> None:
+def _merge_adapter(source: Path, out: Path, options: ExportOptions) -> None:
     from orpo_distill.models import load_model, load_tokenizer
 
-    load_model(str(source), "auto", "cpu", trust_remote_code).save_pretrained(out)
-    load_tokenizer(str(source), trust_remote_code).save_pretrained(out)
+    load_model(str(source), options.dtype, "cpu", options.trust_remote_code).save_pretrained(out)
+    load_tokenizer(str(source), options.trust_remote_code).save_pretrained(out)

@@ -105,12 +105,12 @@ def render_markdown(content: Row) -> str:
         table = results_table(content["results"], split)
         if len(table) > 1:
             majority = next(row["majority"] for row in content["results"] if row["split"] == split)
-            parts += [f"## Accuracy on {split}", "", *_markdown_table(table), ""]
+            parts += [f"## Accuracy on {split}", "", *markdown_table(table), ""]
             parts += [f"Always giving the most common answer would score {majority:.1%}.", ""]
-    parts += ["## Against the initial student, paired", "", *_markdown_table(_comparison_table(content)), ""]
+    parts += ["## Against the initial student, paired", "", *markdown_table(_comparison_table(content)), ""]
     for key, stage in content["stages"].items():
         if not key.startswith("evaluate:"):
-            parts += [f"## {key}", "", *_markdown_table([("measure", "value"), *_flat(stage["metrics"])]), ""]
+            parts += [f"## {key}", "", *markdown_table([("measure", "value"), *_flat(stage["metrics"])]), ""]
     parts += ["Intervals are 95%: Wilson for an accuracy, Newcombe's paired interval for a difference.", ""]
     return "\n".join(parts)
 
@@ -118,7 +118,7 @@ def render_markdown(content: Row) -> str:
 def _stage(folder: Path) -> Row:
     """What a stage was asked for and what it counted."""
     manifest = read_manifest(folder)
-    return {"options": manifest.asked.options, "metrics": manifest.metrics, "kept": manifest.kept}
+    return {"options": manifest.asked.options, "metrics": manifest.metrics, "kept": manifest.asked.kept}
 
 
 def _headline(results: Sequence[Row], comparisons: Sequence[Row], policy: str) -> Row:
@@ -160,7 +160,8 @@ def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
     return [(key, f"{value:.4g}" if isinstance(value, float) else str(value))]
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; the first row is the header."""
     escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in escaped]
     return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]

@@ -6,11 +6,12 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, PositiveInt, SerializeAsAny
+from pydantic import SerializeAsAny
 
-from orpo_distill.component import SPEED_ONLY, Options
+from orpo_distill.component import Options
+from orpo_distill.config import VerifySection
 from orpo_distill.errors import DataError
 from orpo_distill.progress import progress
 from orpo_distill.records import (
@@ -30,11 +31,10 @@ PARTIAL = "verdicts.partial.jsonl"
 
 
 class VerifyOptions(Options):
-    """Which task's verifier judges, and how long an isolated one may take for a trace."""
+    """Which task's verifier judges, and how."""
 
     task: SerializeAsAny[Task]
-    timeout: float = Field(10.0, gt=0)  # seconds
-    processes: Annotated[PositiveInt, SPEED_ONLY] = 1  # workers of an isolated verifier
+    verify: VerifySection = VerifySection()
 
 
 def verify(options: VerifyOptions, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def verify(options: VerifyOptions, inputs: Mapping[str, Path], out: Path) -> dic
     known = {trace_id for trace_id, _, _ in _lines(partial, "trace_id") if trace_id in ids}
     with JsonlAppender(partial) as results, progress("verify", len(ids), len(known)) as advance:
         items = _items(traces, problems, known)
-        for verdict in verify_all(options.task.judge(), items, options.timeout, options.processes):
+        for verdict in verify_all(options.task.judge(), items, options.verify.timeout, options.verify.processes):
             results.append(verdict)
             advance(1)
     counts = _finish(partial, ids, out / FINISHED)

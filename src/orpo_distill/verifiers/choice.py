@@ -11,6 +11,7 @@ from orpo_distill.records import Problem, Trace, Verdict
 from orpo_distill.verifiers import Verifier
 from orpo_distill.verifiers.statements import (
     CONCLUSION,
+    LONGEST,
     OPEN,
     UNREAD,
     Reading,
@@ -45,8 +46,12 @@ _REFUTED = re.compile(
 )
 
 _MENTION = re.compile(
-    r"([A-J])(?:\)(?<=\([A-J]\))|(?:(?<=ption [A-J])|(?<=hoice [A-J])|(?<=nswer [A-J]))(?![\w'’])"
-    r"|(?:(?<![\w ][A-J])|(?<=[.,:;] [A-J]))(?= is (?:the )?(?:correct|right|best|most)\b))"
+    r"([A-J])(?![a-z])(?:\)(?<=\([A-J]\))|(?:(?<=ption [A-J])|(?<=hoice [A-J])|(?<=nswer [A-J]))(?![\w'’])"
+    r"|(?:(?<![\w ][A-J])|(?<=[.,:;] [A-J])|(?<=but [A-J])|(?<=so [A-J])|(?<=So [A-J])|(?<=hus [A-J])|(?<=ence [A-J])"
+    r"|(?<=fore [A-J]))(?=\)? (?:is|seems|makes|would be)(?: not| to be)?(?: the| also)?"
+    r" (?:correct|right|best|most|answer|wrong|incorrect)\b)"
+    r"|(?:(?<=hoose [A-J])|(?<=pick [A-J])|(?<=elect [A-J])|(?<=go with [A-J])|(?<=t's [A-J])|(?<=t’s [A-J])"
+    r"|(?<=eaving [A-J]))(?=\s*(?:[.,;:)\n]|$)|\s+(?:because|since)\b))"
 )
 _PLAINLY_WRONG = (" is incorrect", " are incorrect", " is not ", " are not ", " is wrong", " is also incorrect")
 _SUPERLATIVE = (
@@ -99,6 +104,12 @@ _TURN = re.compile(
     r"|second thought)\b",
     re.IGNORECASE,
 )
+_CLOSING = re.compile(
+    r"(?:.*[-–—,;.]\s*)?(?i:so|therefore|thus|hence|finally)[\s,:]+(?i:(?:it is|it's|it’s|option|choice)\s+)*"
+    r"[*_(]*(?:([B-J])|(?<=[\s(*_])(A))[)*_]*"
+)
+_HEDGING = re.compile(r"\b(?:or|may|might|could|both|if|than|without|rather|depends)\b")
+_ALONE = re.compile(r"\W*([A-Ja-j])\W*")
 _LINE = re.compile(
     r"[\s*_#>\"'`]*(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s+)?\(?([A-J])"
     r"(?:[).:]|\*\*|,(?= (?:because|since|as)\b)|\s*$)[\s*_]*"
@@ -136,7 +147,7 @@ class Choice(Verifier):
         """Judge one trace. Raises ValueError for a gold answer that is no choice's letter."""
         gold = _gold(problem)
         choices = _normal_choices(problem.choices)
-        reading = read(trace, partial(_parse, choices), partial(_weak, choices, self.elimination))
+        reading = read(trace, partial(_parse, choices), partial(_weak, choices, self.elimination), problem.question)
         return verdict(trace, reading, reading.answer == gold, gold)
 
 
@@ -272,8 +283,10 @@ def _weak(choices: tuple[str, ...], elimination: bool, text: str, cut: bool) -> 
     if not cut:
         mentions = _mentions(text)
         reading = (
-            _affirmed(choices, mentions, text)
+            _alone(choices, text)
+            or _affirmed(choices, mentions, text)
             or _line(choices, last_line(text))
+            or _closing(choices, text)
             or _whole(choices, text)
             or (_remaining(choices, mentions) if elimination else None)
         )
@@ -326,6 +339,32 @@ def _line(choices: tuple[str, ...], line: str) -> Reading | None:
     if choices[LETTERS.index(named)] != choices[LETTERS.index(match[1])]:
         return ambiguous(line, f"the letter {match[1]} contradicts the text")
     return Reading(match[1], line)
+
+
+def _alone(choices: tuple[str, ...], text: str) -> Reading | None:
+    """The reading of a text that is nothing but a letter, also a small one."""
+    match = _ALONE.fullmatch(text) if len(text) < 12 else None
+    letter = match[1].upper() if match else ""
+    return Reading(letter, text) if letter and letter in LETTERS[: len(choices)] else None
+
+
+def _closing(choices: tuple[str, ...], text: str) -> Reading | None:
+    """The reading of a last sentence that ends in "so, B" or concludes with one choice's text and no other."""
+    sentence = last_sentence(text)
+    if len(sentence) > LONGEST:
+        return None
+    match = _CLOSING.fullmatch(sentence) if any(sign in LETTERS for sign in sentence[-3:]) else None
+    letter = (match[1] or match[2]) if match else None
+    if letter and letter in LETTERS[: len(choices)]:
+        return Reading(letter, sentence)
+    if not CONCLUSION.match(sentence) or _REJECTED.search(sentence) or _HEDGING.search(sentence):
+        return None
+    said = f" {_normal(sentence)} "
+    named = [index for index, choice in enumerate(choices) if len(choice) > 2 and f" {choice} " in said]
+    if len(named) != 1 or _MENTION.search(sentence) or not any(map(str.isalpha, choices[named[0]])):
+        return None
+    within = any(f" {choices[named[0]]} " in f" {choice} " for choice in choices if choice != choices[named[0]])
+    return None if within else Reading(LETTERS[named[0]], sentence)
 
 
 def _whole(choices: tuple[str, ...], text: str) -> Reading | None:

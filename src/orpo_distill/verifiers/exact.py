@@ -33,7 +33,7 @@ class Exact(Verifier):
         """Judge one trace. Raises ValueError for a gold answer without a letter or digit."""
         self.check_gold(problem)
         gold = _normal(problem.answer)
-        reading = read(trace, partial(_parse, gold), partial(_weak, gold))
+        reading = read(trace, partial(_parse, gold), partial(_weak, gold), problem.question)
         same = reading.answer is not None and _normal(reading.answer) == gold
         return verdict(trace, reading, same, problem.answer)
 
@@ -44,7 +44,7 @@ def _normal(text: str) -> str:
 
 
 def _parse(gold: str, statement: Statement) -> Reading | None:
-    line = statement.text.strip(" *_`$\\")
+    line = _MARKUP.sub(r"\1", statement.text).strip(" *_`$\\")
     if not _normal(line):
         return None
     if _normal(line) == gold or _normal(statement.sentence) == gold:

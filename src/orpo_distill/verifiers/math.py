@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+import re
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 from orpo_distill.errors import missing_extra
@@ -12,6 +13,7 @@ from orpo_distill.verifiers import Verifier
 from orpo_distill.verifiers.statements import OPEN, UNREAD, Reading, Statement, ambiguous, last_line, read, verdict
 
 _LONGEST = 2000
+_TWO = re.compile(r"[\d$})]\s+or\s+[-$\d\\(]")
 
 
 class Math(Verifier):
@@ -37,7 +39,7 @@ class Math(Verifier):
     def __call__(self, problem: Problem, trace: Trace) -> Verdict:
         """Judge one trace. Raises ValueError for a gold answer that cannot be read, ConfigError without math-verify."""
         self.check_gold(problem)
-        reading = read(trace, _parse, _weak)
+        reading = read(trace, partial(_parse, problem.answer), _weak, problem.question)
         same = reading.answer is not None and _equal(_gold(problem.answer), _expressions(reading.quote))
         return verdict(trace, reading, same, problem.answer)
 
@@ -71,10 +73,12 @@ def _equal(gold: tuple[Any, ...], stated: list[Any]) -> bool:
     return bool(_import().verify(list(gold), stated, timeout_seconds=None))
 
 
-def _parse(statement: Statement) -> Reading | None:
+def _parse(gold: str, statement: Statement) -> Reading | None:
     text = (f"\\boxed{{{statement.text}}}" if statement.boxed else statement.sentence).strip(" *_")
     if OPEN.match(statement.sentence):
         return ambiguous(statement.sentence, "leaves the answer open")
+    if not statement.boxed and "or" not in gold and "," not in gold and _TWO.search(text):
+        return ambiguous(text, "states two answers at once")
     if len(text) > _LONGEST:
         return Reading(None, text, why=f"states an expression of more than {_LONGEST} characters")
     if not _expressions(text):

@@ -58,7 +58,7 @@ class Reading:
 UNREAD = Reading(None, why="states no answer")
 
 SENTENCE_END = re.compile(
-    r"[.!?](?=[\"'”’)*_]*(?:\s|$))(?<!approx\.)(?<!e\.g\.)(?<!i\.e\.)(?<!\bDr\.)(?<!\bMr\.)(?<!\bMrs\.)(?<!\bSt\.)"
+    r"[.!?](?=[\"'”’)*_]*(?:\s|$))(?<!approx\.)(?<!e\.g\.)(?<!i\.e\.)(?<!\bDr\.)(?<!\bMr\.)(?<!\bMrs\.)(?<!\bSt\.)(?<!\bRs\.)"
 )
 CONCLUSION = re.compile(
     r"(?:And\s+|And so\s+)?(?:So|Therefore|Thus|Hence|Consequently|In total|Altogether|In all|In conclusion|Finally"
@@ -83,13 +83,14 @@ _ADJECTIVES = (
 )
 _LINK = re.compile(
     r"(?:\s+(?:choice|option|letter))?(?:,[^,.\n]{1,30},|\s*\([^()\n]{2,20}\)(?=\s*:)"
-    r"|\s+(?:to|for|of|in|here|that|(?:the|this|that)\s+(?:\w+\s+)?question)\b[^.\n:?!;]{0,120}?)?"
+    r"|\s+(?:to|for|of|in|here|that|(?:the|this|that)\s+(?:\w+\s+)?question)\b(?:[^.\n:?!;]|\?(?=[\"”'’])){0,160}?)?"
     r"[\s\"'”’*_]*(?:(?P<link>:|=|→|->"
-    r"|\b(?:is|was|are|(?P<hedge>(?:could|may|might)\s+(?:also\s+)?be)|would\s+be|should\s+be|will\s+be|must\s+be|has\s+to\s+be|equals|comes?\s+to)\b(?:[*_]*\s*:)?"
+    r"|\b(?:is|was|are|(?P<hedge>(?:could|may|might)\s+(?:also\s+)?be)|would\s+be|should\s+be|will\s+be|must\s+be|has\s+to\s+be|equals|comes?\s+to)\b(?:[*_]*\s*:)?|\b(?:is|was)(?=n['’]t\b)"
     r"|(?<=\n)|(?=depends\b))|(?:,|\bas|\bof|\bwith|\boption|\bchoice)?\s*(?:a\s+)?"
     r"(?=[\"'“*]*(?:\([A-Ja-j]\)|[A-J]\b\)?(?:[ ,.:]|$)|[Yy]es\b|[Nn]o\b)))"
 )
 _QUESTION = re.compile(r"[^.!?]{0,80}\?")
+_MARKED = re.compile(r"<|\[|答|[Aa][Nn][Ss](?:\.|\s*[:=])|[Rr]é?[es]p[ou]|[Aa]ntwort")
 _GAP = re.compile(r"[\s*_]*")
 _PRAISE = re.compile(r"final|correct|right|best|only|most")
 _DETERMINERS = re.compile(r"the|my|your|our|its|an|a|this|that")
@@ -104,6 +105,10 @@ _IF = re.compile(r"\b(?:[Ii]f|[Aa]ssuming|[Ss]uppose)\b")
 _OF_AN_OPTION = re.compile(r"\(?[A-J]\)?[^.\n]{0,40}\b(?:indicates|suggests|states|says|implies|claims) that the $")
 _SUBQUESTION = re.compile(r"\s+(?:to|for|of)\s+(?:the\s+)?(?:first|second|previous|step|sub|part|intermediate)\b", re.I)
 _NEGATED_LINK = re.compile(r"\s*(?:n't|n’t|not\b|never\b)")
+_INSTEAD = re.compile(
+    r"\s*(?:n't|n’t|not\b)\s[^.,;\n]{1,40}(?:,?\s+but\s+(?:rather\s+)?|[.,;]\s+(?:[Ii]t's|[Ii]t’s|[Ii]t is)\s+)"
+    r"(?=[-$(*\"“'\d]|[A-J](?:[.,)]|\s*$)|yes\b|no\b)"
+)
 _RETRACTIONS = (
     "wait",
     "hold on",
@@ -122,8 +127,16 @@ _TAKEN_BACK = re.compile(
     r"|\blet me (?:redo|correct|fix|start over|try again|reconsider|recalculate)"
     r"|\bthat(?:'s|’s| is| was) (?:wrong|incorrect|not (?:right|correct))|(?:^|[.!?\n]\s*)(?:no,|correction\b)"
 )
-_NEXT_QUESTION = re.compile(r"\n[ \t]*(?:[#*]+\s*)?(?:Question|Problem|Exercise|Q|Human|User)\s*\d*\s*[*]*\s*[:.]")
-_NEXT_TURN = re.compile(r"<\|(?:user|im_start|im_end|endoftext)\|>")
+_NEXT_QUESTION = re.compile(
+    r"\n[ \t]*(?:[#*]+\s*)?(?:Question|Problem|Exercise|Q|Human|User|Instruction)\s*\d*\s*[*]*\s*[:.]"
+)
+_NEXT_TURN = re.compile(
+    r"<\|(?:user|im_start|im_end|endoftext|eot_id|end)\|>|</s>|<(?:eos|end_of_turn|start_of_turn)>|\[INST\]"
+)
+_SHORT = re.compile(r"(?:\bans(?:\.|\s*[:=]|\.\s*[:=])|<answer>|\[answer\])[ \t]*(?=\S)", re.IGNORECASE)
+_FOREIGN = re.compile(
+    r"答案(?:是|为|為|：|:)|[Rr]espuesta(?: \w+)? (?:es|:)|[Aa]ntwort(?: \w+)? (?:ist|lautet)|[Rr]éponse(?: \w+)? est"
+)
 
 
 def visible(trace: Trace) -> tuple[str, bool]:
@@ -134,7 +147,7 @@ def visible(trace: Trace) -> tuple[str, bool]:
     elif "<think" in text:
         text = text[: text.find("<think")]
     text = text.lstrip() if cut else text.strip()
-    asked = _NEXT_QUESTION.search(text) or ("<|" in text and _NEXT_TURN.search(text)) or None
+    asked = _NEXT_QUESTION.search(text) or (("<" in text or "[INST" in text) and _NEXT_TURN.search(text)) or None
     if asked and asked.start():
         return text[: asked.start()].strip(), False
     return text, cut
@@ -145,12 +158,13 @@ def statements(text: str) -> Iterator[Statement]:
     for start, size in sorted(_anchors(text), reverse=True):
         if text[start] == "\\":
             yield _boxed(text, start + size)
-        elif text[start] == "#":
+        elif text[start] == "#" or _MARKED.match(text, start):
             yield _to_line_end(text, start + size, strict=True)
         else:
             link = _LINK.match(text, start + size)
-            if link and not _denied(text, start, link):
-                gap = _GAP.match(text, link.end())
+            instead = _INSTEAD.match(text, link.end()) if link else None
+            if link and (instead or not _denied(text, start, link)):
+                gap = _GAP.match(text, (instead or link).end())
                 begin = gap.end() if gap else link.end()
                 strict = "\n" in text[link.start() : begin] or ":" in link[0][-3:]
                 stated = _to_line_end(text, begin, strict)
@@ -160,22 +174,19 @@ def statements(text: str) -> Iterator[Statement]:
                 yield replace(stated, hedged=True) if link["hedge"] or would else stated
 
 
-def read(trace: Trace, parse: Callable[[Statement], Reading | None], weak: Callable[[str, bool], Reading]) -> Reading:
-    """What a trace answers: its last statement that `parse` understands, else what `weak(text, cut)` makes of it."""
+def read(
+    trace: Trace, parse: Callable[[Statement], Reading | None], weak: Callable[[str, bool], Reading], question: str = ""
+) -> Reading:
+    """What a trace answers: its last statement that `parse` understands, else what `weak(text, cut)` makes of it.
+
+    A text that states nothing before it repeats its own `question` is read on behind it.
+    """
     if trace.finish_reason is FinishReason.ERROR:
         return Reading(None, outcome=Outcome.FAILED, why=trace.error or "there is no text")
     text, cut = visible(trace)
-    for statement in islice(statements(text), MOST):
-        if cut and not statement.complete:
-            return Reading(None, statement.text, Outcome.TRUNCATED, "the text was cut within its answer")
-        reading = parse(statement)
-        if reading is not None and statement.hedged:
-            return ambiguous(reading.quote, "only says what the answer could be")
-        if reading is not None:
-            if taken_back(text, statement.start + len(statement.sentence)):
-                return ambiguous(reading.quote, "the answer is taken back and no other is given")
-            return reading
-    reading = weak(text, cut) if text else UNREAD
+    reading = _stated(text, cut, parse) or (weak(text, cut) if text else UNREAD)
+    if reading is UNREAD and question and (start := _repeated(trace.text, question)):
+        return read(replace(trace, text=trace.text[start:]), parse, weak)
     if reading is not UNREAD:
         return reading
     if cut:
@@ -184,6 +195,29 @@ def read(trace: Trace, parse: Callable[[Statement], Reading | None], weak: Calla
         sentence = last_sentence(text)
         return ambiguous(sentence, "leaves the answer open") if _DEPENDS.search(sentence) else UNREAD
     return UNREAD
+
+
+def _stated(text: str, cut: bool, parse: Callable[[Statement], Reading | None]) -> Reading | None:
+    """The reading of the last plain statement that `parse` understands."""
+    for statement in islice(statements(text), MOST):
+        if cut and not statement.complete:
+            return Reading(None, statement.text, Outcome.TRUNCATED, "the text was cut within its answer")
+        reading = parse(statement)
+        if reading is None:
+            continue
+        if statement.hedged:
+            return ambiguous(reading.quote, "only says what the answer could be")
+        if taken_back(text, statement.start + len(statement.sentence)):
+            return ambiguous(reading.quote, "the answer is taken back and no other is given")
+        return reading
+    return None
+
+
+def _repeated(text: str, question: str) -> int:
+    """Where a text goes on behind "Question: " and the question itself; 0 where it does not repeat it."""
+    asked = _NEXT_QUESTION.search(text)
+    at = text.find(question, asked.end()) if asked else -1
+    return at + len(question) if asked and 0 <= at <= asked.end() + 4 else 0
 
 
 def verdict(trace: Trace, reading: Reading, correct: bool, gold: str) -> Verdict:
@@ -233,6 +267,10 @@ def _anchors(text: str) -> Iterator[tuple[int, int]]:
             at = text.find(key, at + 5)
     if "\\" in text:
         yield from ((m.start(), len(m[0])) for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text))
+    if "nswer>" in text or "nswer]" in text or "Ans:" in text or "Ans." in text or "ans:" in text or "ANS:" in text:
+        yield from ((m.start(), len(m[0])) for m in _SHORT.finditer(text))
+    if "espuesta" in text or "Antwort" in text or "答案" in text or "éponse" in text:
+        yield from ((m.start(), len(m[0])) for m in _FOREIGN.finditer(text))
     if "####" in text:
         yield from ((m.start(), len(m[0])) for m in re.finditer(r"####[ \t]*(?=\S)", text))
 
@@ -256,7 +294,7 @@ def _to_line_end(text: str, start: int, strict: bool) -> Statement:
     end = text.find("\n", start)
     complete = end >= 0
     end = end if complete else len(text)
-    line = text[start : min(end, start + LONGEST)]
+    line = text[start : min(end, start + LONGEST)].partition("</")[0]
     if not complete:
         stop = SENTENCE_END.search(line)
         complete = stop is not None and stop.end() < len(line.rstrip(" *_\"'”’)"))
@@ -273,6 +311,8 @@ def _denied(text: str, start: int, link: re.Match[str]) -> bool:
     would = link["link"] is None or "would" in link["link"] or (len(words) > 1 and "then" in words[-3:])
     if would and _IF.search(sentence):
         return True
+    if link["link"] is None and sentence.lstrip().startswith(("To ", "to ")):
+        return True
     if link["link"] is None and (not words or words[-1].endswith(",") or words[-1] in ("and", "while", "but", "as")):
         return True
     if _OF_AN_OPTION.search(sentence):
@@ -288,6 +328,6 @@ def _denied(text: str, start: int, link: re.Match[str]) -> bool:
     for word in words[:-4:-1]:
         if word[-1] in ".,;:!?)" or _TURNING.fullmatch(word):
             return False
-        if _DENYING.fullmatch(word) or word.endswith(("n't", "n’t")):
+        if (_DENYING.fullmatch(word) and not (word == "doubt" and "no" in words)) or word.endswith(("n't", "n’t")):
             return True
     return False

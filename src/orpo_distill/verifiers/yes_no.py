@@ -19,6 +19,7 @@ from orpo_distill.verifiers.statements import (
     last_line,
     last_sentence,
     read,
+    taken_back,
     verdict,
 )
 
@@ -38,7 +39,8 @@ _NO_NOUN = (
 _WORD = rf"(?P<word>[Yy]es|YES|[Tt]rue|TRUE|[Ff]alse|FALSE|(?:[Nn]o|NO){_NO_NOUN})(?![\w-])"
 _STATED = re.compile(
     rf"{_LEAD}(?:{_LETTER.format('paired', 'paired_bare')}?[\s.,:;\"'“”‘’*_)–—-]*{_WORD}"
-    rf"|{_LETTER.format('alone', 'alone_bare')})",
+    rf"|{_LETTER.format('alone', 'alone_bare')}"
+    r"(?=\W*$|\s*[.,;:()\"'”’*_}–—-]|\s+(?:because|since|as|is|which|or|and|for)\b))",
     re.IGNORECASE,
 )
 _OTHER = re.compile(
@@ -65,6 +67,18 @@ _FIRST = re.compile(
     r"[\"'”*_]*(?:\s*[,.;:!–—]|\s+-\s|\s*$|\s*\n)",
     re.IGNORECASE,
 )
+_SUBJECT = re.compile(
+    r"[\"”]\s+(?:is|was|means|refers|completes)\b"
+    r"(?! (?:the |a |therefore |thus |most )*(?:correct|right|best|answer|appropriate|accurate))"
+)
+_BESIDE = re.compile(r"\s*,\s*[\"“]?(yes|no)\W*", re.IGNORECASE)
+_CLOSING = re.compile(
+    r"(?:.*[-–—,;:]\s*)?(?:(?:so|therefore|thus|hence)\b[^:.]{0,80}:|so|therefore|thus|hence|\W*conclusion|verdict"
+    r"|based on [^,.]{1,80}|to answer yes or no|i(?:'d|’d| would) say|it(?:'s|’s| is)|yes\s?(?:/|or)\s?no\)?)[\s,:*_]+"
+    r"(?:definitely |clearly |a |probably )*(?P<word>yes|no)",
+    re.IGNORECASE,
+)
+_SAID_FIRST = re.compile(r"[\s*_\"“]*(yes|no)\b[\s*_\"”]*[.,:;!–—-]", re.IGNORECASE)
 _ONLY_LETTER = re.compile(r"[\s\"'*_(]*(?P<letter>[AB])[\s\"'*_).]*")
 
 
@@ -84,7 +98,7 @@ class YesNo(Verifier):
         """Judge one trace. Raises ValueError for a gold answer that is neither yes nor no."""
         gold = _gold(problem)
         letters = _letters(problem.choices)
-        reading = read(trace, partial(_parse, letters), partial(_weak, letters))
+        reading = read(trace, partial(_parse, letters), partial(_weak, letters), problem.question)
         return verdict(trace, reading, reading.answer == gold, gold)
 
 
@@ -114,7 +128,7 @@ def _parse(letters: dict[str, str], statement: Statement) -> Reading | None:
     rest = statement.text[stated.end() :]
     rest = rest if statement.boxed else rest.partition(". ")[0]
     quote = statement.text[: stated.end() + len(rest)]
-    if _REJECTED.match(rest):
+    if _REJECTED.match(rest) or _SUBJECT.match(rest):
         return None
     if _REFUTED.match(rest):
         return ambiguous(quote, "takes the answer back")
@@ -124,6 +138,8 @@ def _parse(letters: dict[str, str], statement: Statement) -> Reading | None:
         reading = Reading(answer, quote) if answer else Reading(None, quote, why="states a letter that is no choice")
     else:
         reading = _agreed(letters, letter, stated["word"], quote)
+    if (second := _BESIDE.fullmatch(rest)) and reading.answer not in (None, second[1].lower()):
+        return ambiguous(quote, "states both answers")
     others = (other[2] or letters.get((other[1] or "").upper()) for other in _OTHER.finditer(rest))
     if any(_ANSWERS[other.lower()] != reading.answer for other in others if other):
         return ambiguous(quote, "states both answers")
@@ -161,7 +177,11 @@ def _weak(letters: dict[str, str], text: str, cut: bool) -> Reading:
         for part in (sentence[start:].lstrip(" ,"), last_line(text)):
             first = _FIRST.match(part[:LONGEST])
             if first:
-                return _agreed(letters, first["letter"] or first["bare"], first["word"], part)
+                found = _agreed(letters, _letter_of(first), first["word"], part)
+                return found if conclusion or not _contradicts(text, part, found) else ambiguous(part, "says both")
+        closing = _CLOSING.fullmatch(sentence[-LONGEST:])
+        if closing:
+            return Reading(closing["word"].lower(), sentence)
         pairs = list(_PAIR.finditer(sentence))
         if (
             len(pairs) == 1
@@ -177,5 +197,18 @@ def _weak(letters: dict[str, str], text: str, cut: bool) -> Reading:
             return Reading(letters[only["letter"]], text[-20:])
     first = _FIRST.match(text[:LONGEST])
     if first and (not cut or first.end() < len(text)):
-        return _agreed(letters, first["letter"] or first["bare"], first["word"], text[:60])
+        return _agreed(letters, _letter_of(first), first["word"], text[:60])
     return UNREAD
+
+
+def _letter_of(first: re.Match[str]) -> str | None:
+    """The letter before a word; "A: No" is an answer to "Q:", not the choice A."""
+    return None if first[0].lstrip().startswith("A:") else first["letter"] or first["bare"]
+
+
+def _contradicts(text: str, part: str, found: Reading) -> bool:
+    """Whether a text began with the other word and says nothing that turns before the last part."""
+    first = _SAID_FIRST.match(text[:LONGEST])
+    if first is None or found.answer in (None, first[1].lower()):
+        return False
+    return not taken_back(text[: len(text) - len(part)], first.end())
