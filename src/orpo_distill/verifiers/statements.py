@@ -267,9 +267,9 @@ def _anchors(text: str) -> Iterator[tuple[int, int]]:
             at = text.find(key, at + 5)
     if "\\" in text:
         yield from ((m.start(), len(m[0])) for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text))
-    if "nswer>" in text or "nswer]" in text or "Ans:" in text or "Ans." in text or "ans:" in text or "ANS:" in text:
+    if "swer>" in text or "Ans:" in text or "Ans." in text or "ans:" in text or "[" in text:
         yield from ((m.start(), len(m[0])) for m in _SHORT.finditer(text))
-    if "espuesta" in text or "Antwort" in text or "答案" in text or "éponse" in text:
+    if "espuesta" in text or "Antwort" in text or (not text.isascii() and ("答案" in text or "éponse" in text)):
         yield from ((m.start(), len(m[0])) for m in _FOREIGN.finditer(text))
     if "####" in text:
         yield from ((m.start(), len(m[0])) for m in re.finditer(r"####[ \t]*(?=\S)", text))
