@@ -14,8 +14,9 @@ def one_message(done, *words: str, code: int = 1) -> None:
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert done.stderr.count("error:") == 1
+    message = done.stderr.partition("error:")[2]
     for word in words:
-        assert word in done.stderr
+        assert word in message
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_an_answer_letter_outside_the_choices(tmp_path: Path) -> None:
 def test_no_correct_teacher_trace(tmp_path: Path) -> None:
     path = experiment(tmp_path)
     write_lines(tmp_path / "teacher.jsonl", [{"id": f"p{i}", "texts": ["The answer is 77."]} for i in range(18)])
-    one_message(cli("run", path), "teacher")
+    one_message(cli("run", path), "expected", "correct", "teacher")
 
 
 def test_no_wrong_student_trace(tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_a_loss_that_is_not_finite_names_the_row(tmp_path: Path) -> None:
     name = next(name for name in tensors if "norm" in name)
     tensors[name][:] = float("nan")
     save_file(tensors, weights, metadata={"format": "pt"})
-    one_message(cli("run", path), "finite", "p")
+    one_message(cli("run", path), "finite loss", "pairs.jsonl:")
 
 
 def test_a_second_process_on_the_same_run(tmp_path: Path) -> None:

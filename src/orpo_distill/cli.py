@@ -36,7 +36,7 @@ Keep = Annotated[list[str] | None, typer.Option(help="accept this stage although
 def run(
     config: Annotated[Path, typer.Argument(help="an experiment's YAML file")],
     overrides: Overrides = None,
-    until: Annotated[str | None, typer.Option(help="stop after this stage")] = None,
+    until: Annotated[str | None, typer.Option(help="do only this stage and what it needs")] = None,
     pilot: Annotated[int | None, typer.Option(min=1, help="only up to pairs, on this many problems")] = None,
     redo: Redo = None,
     keep: Keep = None,
@@ -110,7 +110,7 @@ def verify(
 
 @app.command()
 def quickstart(overrides: Overrides = None, redo: Redo = None, keep: Keep = None) -> None:
-    """Run the whole job on the embedded tiny teacher and student (about 2 minutes on 2 CPU cores)."""
+    """Run the whole job on the embedded tiny teacher and student (about 1 minute on 2 CPU cores)."""
     embedded = [
         f"task.path={QUICKSTART / 'problems'}",
         f"teacher.model={QUICKSTART / 'teacher'}",

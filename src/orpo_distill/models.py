@@ -6,6 +6,7 @@ Nothing here imports torch or transformers until it is called.
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -129,9 +130,29 @@ def _load_adapter(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state_dict: dict[str, Any] | None = None,
+) -> None:
+    """Write an ordinary checkpoint folder (or adapter's), with the permissions of any other new file."""
+    with _no_progress_bars():
+        model.save_pretrained(folder, state_dict=state_dict)
+    tokenizer.save_pretrained(folder)
+    readable = 0o666 & ~_umask()
+    for file in folder.glob("*.safetensors"):  # safetensors makes them private
+        file.chmod(readable)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @contextmanager
-def _attributed(what: str, model: str) -> Iterator[None]:
-    """Whatever goes wrong while a checkpoint is read is the checkpoint's fault. Hides transformers' progress bars."""
+def _no_progress_bars() -> Iterator[None]:
     from transformers.utils import logging
 
     bars: Any = logging
@@ -139,14 +160,22 @@ def _attributed(what: str, model: str) -> Iterator[None]:
     bars.disable_progress_bar()
     try:
         yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+@contextmanager
+def _attributed(what: str, model: str) -> Iterator[None]:
+    """Whatever goes wrong while a checkpoint is read is the checkpoint's fault."""
+    try:
+        with _no_progress_bars():
+            yield
     except OrpoDistillError:
         raise
     except Exception as error:
         found = f"expected a {what} at {model}, found: {_first_line(error)}"
         raise ModelError(f"{found}; {_advice(error, model)}") from error
-    finally:
-        if shown:
-            bars.enable_progress_bar()
 
 
 def _advice(error: Exception, model: str) -> str:

@@ -6,6 +6,7 @@ from the latest student what the coin of phi sends there, verify, pair, train on
 
 from __future__ import annotations
 
+from orpo_distill.component import type_name
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
 from orpo_distill.mixing import phi_of_round
@@ -226,7 +227,9 @@ def _export(config: Config) -> Stage:
         name=config.name,
         teacher=config.teacher.model,
         student=config.student.model,
-        task=type(config.task).__name__,
+        task=type_name(type(config.task)),
+        objective=type_name(type(config.objective)),
+        rounds=config.rounds,
         dtype=config.train.dtype,
         trust_remote_code=config.train.trust_remote_code,
     )

@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging
 
 from orpo_distill.checkpoints import damaged, seal, sweep
 from orpo_distill.errors import OrpoDistillError, RunError, TrainingError
 from orpo_distill.groups import Row, collate, micro_batches
 from orpo_distill.interrupt import Stop
+from orpo_distill.models import save_checkpoint
 from orpo_distill.objectives import Objective
 from orpo_distill.records import derive_seed, write_text
 from orpo_distill.scoring import picks_positions, score
@@ -205,9 +205,7 @@ class GroupTrainer(Trainer):
         """Weights, configuration and tokenizer. Unlike transformers, no pickled arguments."""
         if self.args.should_save:
             model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            with _no_progress_bar():
-                model.save_pretrained(output_dir, state_dict=state_dict)
-            self.tokenizer.save_pretrained(output_dir)
+            save_checkpoint(model, self.tokenizer, Path(str(output_dir)), state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._flush()
@@ -360,18 +358,6 @@ def _means(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def _empty(_: Any) -> dict[str, Any]:
     return {}
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers shows a bar for every checkpoint that it writes."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

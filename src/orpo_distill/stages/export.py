@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orpo_distill.component import Options
+from orpo_distill.models import HUB_ID
 from orpo_distill.records import write_text
 from orpo_distill.stages.report import headline_text, markdown_table, results_table
 
@@ -20,6 +21,8 @@ class ExportOptions(Options):
     teacher: str
     student: str
     task: str
+    objective: str
+    rounds: int
     dtype: Literal["float32", "bfloat16"] = "float32"
     trust_remote_code: bool = False
 
@@ -43,28 +46,36 @@ def model_card(options: ExportOptions, content: dict[str, Any]) -> str:
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        f"base_model: {json.dumps(options.student)}",
+        *([f"base_model: {options.student}"] if HUB_ID.fullmatch(options.student) else []),
         "tags: [orpo-distill, distillation]",
         "---",
         "",
         f"# {options.name}",
         "",
-        f"`{options.student}` trained on text of `{options.teacher}` for the task `{options.task}` with "
-        f"orpo-distill {content['version']}.",
+        f"`{Path(options.student).name}` trained on text of `{Path(options.teacher).name}`: task `{options.task}`, "
+        f"objective `{options.objective}`, {options.rounds} rounds, orpo-distill {content['version']}.",
         "",
         headline_text(content["headline"]) + ".",
         "",
         *markdown_table(results_table(content["results"])),
         "",
-        "Greedy decoding unless the config says otherwise; Wilson intervals. Licences of the initial model, of the "
-        "questions and the terms of the teacher's provider apply.",
+        "Wilson intervals of 95%. The prompt and every other setting stand in the run's `config.yaml`.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("this/folder")',
+        'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
+        "```",
+        "",
+        "The licences of the initial model and of the questions apply, and so do the terms of the teacher's provider.",
         "",
     ]
     return "\n".join(lines)
 
 
 def _merge_adapter(source: Path, out: Path, options: ExportOptions) -> None:
-    from orpo_distill.models import load_model, load_tokenizer
+    from orpo_distill.models import load_model, load_tokenizer, save_checkpoint
 
-    load_model(str(source), options.dtype, "cpu", options.trust_remote_code).save_pretrained(out)
-    load_tokenizer(str(source), options.trust_remote_code).save_pretrained(out)
+    merged = load_model(str(source), options.dtype, "cpu", options.trust_remote_code)
+    save_checkpoint(merged, load_tokenizer(str(source), options.trust_remote_code), out)

@@ -105,8 +105,10 @@ def _run(options: TrainOptions, course: Course, args: TrainingArguments, start: 
     done = step_of(start) - course.first_step if start else 0
     if args.process_index == 0:
         cut_log(course.log, course.first_step + done)
-    rounds = f"{options.first_round}-{options.last_round}"
-    label = f"train round {options.first_round if options.first_round == options.last_round else rounds}"
+    one = options.first_round == options.last_round
+    label = (
+        f"train round {options.first_round}" if one else f"train rounds {options.first_round} to {options.last_round}"
+    )
     model = _model(options, args)
     with progress(label, len(course.steps), done) as advance, deferred() as stop:
         watch = Watch(stop, options.train.checkpoint_minutes, advance)

@@ -35,6 +35,7 @@ _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|boxed|operatorname)\s*
 _LATEX_SPACE = re.compile(r"\\[,;!: ]|\\quad|\\left|\\right|\\[()\[\]]|\^\s*\{?\\circ\}?|~|\\(?=[%$])")
 _CENTS = re.compile(r"(\d+) dollars? and (\d{1,2}) cents\b")
 _CURRENCY = re.compile(r"\b(?:Rs\.?|USD?|EUR)\s?(?=\$?\d)")
+_SIGN = re.compile(r"(?:^\s*|(?<=\bis )|(?<=[:=] ))(?:minus|negative) (?=\$?\d)", re.IGNORECASE)
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 _VULGAR = {"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅛": " 1/8"}
 
@@ -87,6 +88,8 @@ def unmarked(text: str) -> str:
         text = _CURRENCY.sub("", text)
     if "cents" in text:
         text = _CENTS.sub(lambda m: f"{m[1]}.{int(m[2]):02}", text)
+    if "inus" in text or "egative" in text:
+        text = _SIGN.sub("-", text)
     return text.replace("$", "") if "$" in text else text
 
 

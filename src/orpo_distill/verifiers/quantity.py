@@ -17,7 +17,9 @@ _OPERATOR = re.compile(
     r"\s*(?:[+×÷*^=−]|/\s*[\d(.]|[-–]\s?\d|x\s*\d|(?:times|plus|minus|divided by|multiplied by)\s+[\d(.]|of \d)"
 )
 _CALCULATING = re.compile(r"\s*[a-zA-Z]+(?:\s[a-zA-Z]+)?\s*[-+*/x×÷−]\s*\d")
-NOT_PLAIN = re.compile(MULTIPLIED + r"|:\d|\s\d|\s?(?:[xyznk]|[KM]|π|√|\\?sqrt|\\?pi|i)(?![\w-])|[.,]\d")
+NOT_PLAIN = re.compile(
+    MULTIPLIED + r"|\s+(?:squared|cubed|factorial)\b|:\d|\s\d|\s?(?:[xyznk]|[KM]|π|√|\\?sqrt|\\?pi|i)(?![\w-])|[.,]\d"
+)
 _SECOND = re.compile(
     r"(?P<link>\s*(?:to|through|-|–|—|,)\s*|[^.;,()=\d]{0,30}?\b(?:or|and)\b\s*(?:\w+\s+){0,1}?)(?=[-−]?\.?\d)"
 )
@@ -25,6 +27,10 @@ _EQUALS = re.compile(r"[=≈]|\bwhich (?:is|equals|gives|makes|comes to)\b|, giv
 _NAMED_LAST = re.compile(r"(?:^|\s)([-\d.,/]+)\s*=\s*[A-Za-z]\W*$")
 _TURN = re.compile(
     r"\b(?:meaning|so|thus|therefore|hence|but|round(?:s|ed|ing)(?: up| down| off)? to|i\.e)\b(?=[^.]*\d)"
+)
+_QUALIFIED = re.compile(
+    r"\b(?:(?:less|more|fewer|greater|higher|lower|larger|smaller) than|twice|double|triple|half|square root of)\s+$",
+    re.IGNORECASE,
 )
 _SEVERAL_UNKNOWNS = re.compile(r"\d\s*(?:,|and|;)\s*[a-z]\s*=")
 
@@ -74,6 +80,8 @@ def only(sentence: str, quote: str) -> Reading | None:
         return ambiguous(quote, "names several numbers")
     if _OPERATOR.match(sentence, numbers[0].end()):
         return None
+    if _QUALIFIED.search(sentence[: numbers[0].start()]):
+        return ambiguous(quote, "states a number only in relation to another")
     return checked(sentence, numbers[0], quote)
 
 
