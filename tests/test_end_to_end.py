@@ -34,10 +34,11 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 
 def experiment(folder: Path, **changes: object) -> Path:
-    """An experiment of 12 train and 6 test problems; the student is wrong on every third sample."""
+    """An experiment of 12 train, 2 validation and 4 test problems; the student is wrong on every third sample."""
     rows = [{"id": f"p{i}", "question": f"What is {i} plus {i}?", "answer": str(2 * i)} for i in range(18)]
     write_lines(folder / "data" / "train.jsonl", rows[:12])
-    write_lines(folder / "data" / "test.jsonl", rows[12:])
+    write_lines(folder / "data" / "validation.jsonl", rows[12:14])
+    write_lines(folder / "data" / "test.jsonl", rows[14:])
     write_lines(
         folder / "teacher.jsonl",
         [
@@ -75,6 +76,7 @@ def experiment(folder: Path, **changes: object) -> Path:
             "sampler": {"type": "scripted", "path": str(folder / "student.jsonl")},
         },
         "rounds": 2,
+        "evaluate": {"teacher": True, "sft": True},
         "train": {"pairs_per_step": 4, "learning_rate": 1e-3, "max_length": 256, "logging_steps": 1},
         "runs": str(folder / "runs"),
     }
@@ -106,7 +108,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_command_gives_student_report_and_table(finished: Path) -> None:
     run = finished / "runs" / "demo"
     report = json.loads((run / "report" / "report.json").read_bytes())
-    assert [(row["policy"], row["n"]) for row in report["results"]] == [(f"student-{i}", 6) for i in range(3)]
+    students = [(f"student-{i}", split, n) for i in range(3) for split, n in (("test", 4), ("validation", 2))]
+    expected = [*students, ("teacher", "test", 4), ("sft", "test", 4), ("sft", "validation", 2)]
+    assert [(row["policy"], row["split"], row["n"]) for row in report["results"]] == expected
+    assert {row["policy"]: row["correct"] for row in report["results"]}["teacher"] == 4
     assert report["headline"]["policy"] == "student-2"
     names = {path.name for path in (run / "student").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
@@ -144,6 +149,7 @@ def test_killed_at_random_moments_the_result_is_the_same(finished: Path, tmp_pat
     """kill -9 some time into each of several starts, then to the end: byte-identical to the uninterrupted run."""
     path = experiment(tmp_path)
     moment = random.Random(seed)
+    reached = []
     for _ in range(3):
         with subprocess.Popen(
             [*COMMAND, "run", str(path)],
@@ -152,6 +158,8 @@ def test_killed_at_random_moments_the_result_is_the_same(finished: Path, tmp_pat
         ) as process:
             time.sleep(moment.uniform(0.5, 9))
             process.kill()
+        reached.append(len(list((tmp_path / "runs").rglob("manifest.json"))))
+    assert any(reached), "no kill hit the run at work"
     done = cli("run", path)
     assert done.returncode == 0, done.stderr
     assert stable_files(tmp_path / "runs" / "demo") == stable_files(finished / "runs" / "demo")
@@ -260,7 +268,6 @@ def test_sampling_in_two_processes_gives_the_same_traces(finished: Path, tmp_pat
         assert (tmp_path / "runs/demo" / name).read_bytes() == (finished / "runs/demo" / name).read_bytes()
 
 
-@pytest.mark.slow
 def test_training_under_accelerate_in_two_processes(finished: Path, tmp_path: Path) -> None:
     """The same losses as in one process, up to rounding; and two processes there were."""
     path = experiment(tmp_path, launch={"train": {"launcher": "accelerate", "processes": 2}})
@@ -283,6 +290,31 @@ def test_lora_adapters_go_through_the_rounds_and_are_merged_at_the_end(tmp_path:
     names = {path.name for path in (run / "student").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert "adapter_config.json" not in names
+
+
+def test_a_later_round_is_trained_again_although_its_start_was_deleted(tmp_path: Path) -> None:
+    """`train.keep: last` removed round 1's optimizer state; redoing round 2 trains round 1 again, to the same bytes."""
+    path = experiment(tmp_path, evaluate={})
+    assert cli("run", path).returncode == 0
+    run = tmp_path / "runs" / "demo"
+    weights = run / "round-2" / "train" / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    assert not (run / "round-1" / "train" / "checkpoint").exists()
+    again = cli("run", path, "--redo", "round-2/train")
+    assert again.returncode == 0, again.stderr
+    assert weights.read_bytes() == before
+    changed = cli("run", path, "train.learning_rate=1e-4", "--redo", "round-1/train")
+    assert changed.returncode == 0, changed.stderr
+    assert weights.read_bytes() != before
+
+
+def test_a_refused_run_leaves_the_config_as_it_was(tmp_path: Path) -> None:
+    path = experiment(tmp_path)
+    assert cli("run", path, "--until", "teacher").returncode == 0
+    config = tmp_path / "runs" / "demo" / "config.yaml"
+    before = config.read_text()
+    assert cli("run", path, "seed=4", "--until", "teacher").returncode == 1
+    assert config.read_text() == before
 
 
 def test_raised_samples_keep_what_is_there(tmp_path: Path) -> None:
