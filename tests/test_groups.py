@@ -126,3 +126,12 @@ def test_positions_that_are_scored() -> None:
     full = collate(rows, score_prompt=True)
     assert full.scored.tolist() == [[True, True, True, False, False], [True, True, True, True, False]]
     assert full.response.tolist() == batch.scored.tolist()
+
+
+def test_text_that_spells_a_special_token_is_text() -> None:
+    """Only the end that training itself appends is a control token."""
+    tokenizer = tiny_tokenizer()
+    pair = Pair("p", (Message("user", "a"),), f"b {tokenizer.eos_token} c", "d", "1", "2", "teacher", "student-0")
+    (found,) = tokenize([pair], tokenizer, 200, True)
+    assert found.chosen.count(tokenizer.eos_token_id) == 1
+    assert found.chosen[-1] == tokenizer.eos_token_id

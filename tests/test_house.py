@@ -23,6 +23,7 @@ ROWS = [
     {"cli"},
     {"preview", "pilot", "cases"},
     {"experiment"},
+    {"call"},
     {"plan", "launch", "execution"},
     {"stages"},
     {"trainer"},

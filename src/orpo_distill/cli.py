@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from orpo_distill import __version__
-from orpo_distill.config import load_config, parse_component
+from orpo_distill.config import load_config, parse_component, parse_yaml
 from orpo_distill.errors import ConfigError, Interrupted, OrpoDistillError
 from orpo_distill.experiment import run as run_experiment
 from orpo_distill.experiment import status as run_status
@@ -145,7 +145,7 @@ def main() -> None:
 def _spec(text: str) -> dict[str, Any]:
     """A component's options from the command line: a name, or a mapping in YAML."""
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"expected a name or a mapping in YAML, found {text!r}: {error}") from error
     return value if isinstance(value, dict) else {"type": str(value)}

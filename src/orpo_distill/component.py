@@ -12,7 +12,9 @@ annotated with a family accepts, from YAML or Python, any of
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -24,6 +26,8 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+
+from orpo_distill.errors import OrpoDistillError, RunError
 
 C = TypeVar("C", bound="Component")
 
@@ -83,8 +87,10 @@ def component_class(family: type[C], name: str) -> type[C]:
         raise ValueError(f"expected {_choices(family)}, found {name!r}{hint}")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"expected an importable {family.family} at {path!r}, found: {error}") from error
+    except (Exception, SystemExit) as error:  # a user's module may do anything
+        raise ValueError(
+            f"expected an importable {family.family} at {path!r}, found {type(error).__name__}: {error}"
+        ) from error
     if not (isinstance(found, type) and issubclass(found, family)):
         raise ValueError(f"expected a subclass of {family.__name__} at {path!r}, found {found!r}")
     return found
@@ -94,6 +100,24 @@ def type_name(cls: type[Component]) -> str:
     """How YAML names a component's class: its short name where it has one, else `module:Class`."""
     path = f"{cls.__module__}:{cls.__qualname__}"
     return next((short for short, target in cls.types.items() if target == path), path)
+
+
+@contextmanager
+def blamed(component: Component) -> Iterator[None]:
+    """Inside the block, what a component of a user's own (named as `module:Class`) raises becomes a RunError."""
+    try:
+        yield
+    except OrpoDistillError:
+        raise
+    except Exception as error:
+        name = type_name(type(component))
+        if ":" not in name:
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise RunError(
+            f"expected {name} to do its work, found {type(error).__name__}: {error} ({place.filename}:{place.lineno}); "
+            "what was finished is kept: mend it and run the same command"
+        ) from error
 
 
 def method_options(value: Any) -> Any:

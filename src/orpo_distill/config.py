@@ -257,6 +257,13 @@ def _apply(data: dict[str, Any], override: str) -> None:
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-5 (no dot) as text; everybody who writes it means the number, as YAML 1.2 does."""
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuses a key that stands twice: plain YAML takes the last one without a word."""
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
 
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?|\.\d)\d*[eE][-+]?\d+")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
@@ -264,7 +271,10 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 def parse_yaml(text: str) -> Any:
     """Plain data from YAML, by the safe loader. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # PyYAML's own slips
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
 
 
 def _explain(error: Any, model: type[BaseModel], data: Any) -> str:

@@ -20,6 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from orpo_distill import interrupt
 from orpo_distill.errors import RunError
 from orpo_distill.progress import say
 from orpo_distill.runs import Asked, Manifest, Metrics, RunFolder, Stage, content_id, flat_options
@@ -41,7 +42,7 @@ def refuse_stale(stages: Sequence[Stage], run: RunFolder, redo: Sequence[str] = 
     stale = {}
     for stage in unnamed:
         before = run.asked(stage.name) if stage.precious or stage not in dependents else None
-        if before and (changes := _changes(stage, before, flat_options(stage))):
+        if before and (changes := _changes(stage, before, flat_options(stage), run)):
             stale[stage.name] = "; ".join(changes)
     if stale:
         roots = [s for s in stages if s.name in stale and (s.precious or not stale.keys() & _ancestors(s, stages))]
@@ -84,14 +85,16 @@ def run_stage(stage: Stage, run: RunFolder, start: Start) -> Manifest:
     if manifest and manifest.asked == asked:
         _require_outputs(stage, run)
         return manifest
-    if before and (changed := _outdated(stage, before, asked)):
+    if before and (changed := _outdated(stage, before, asked, run)):
         run.supersede(stage.name)
         say(f"{stage.name}: made anew because of {', '.join(changed)}; the old one is kept in superseded/")
     elif before:
         asked = replace(asked, kept=before.kept)
     run.write_asked(stage.name, asked)
     (folder / "manifest.json").unlink(missing_ok=True)
+    interrupt.check()
     metrics = start(stage, {name: run.of(source) for name, source in stage.inputs.items()}, folder)
+    interrupt.check()
     _require_outputs(stage, run)
     finished = Manifest(asked, content_id([folder / name for name in stage.outputs]), metrics)
     run.write_manifest(stage.name, finished)
@@ -131,14 +134,19 @@ def _restore_consumed(stage: Stage, by_name: Mapping[str, Stage], run: RunFolder
     return restored
 
 
-def _changes(stage: Stage, before: Asked, options: Mapping[str, Any]) -> list[str]:
-    """Options that changed in a way that the stage cannot grow into, as `key: old -> new`."""
+def _changes(stage: Stage, before: Asked, options: Mapping[str, Any], run: RunFolder) -> list[str]:
+    """Options that changed in a way that the stage cannot grow into, as `key: old -> new`.
+
+    The limits of a stage that has not finished may also be lowered again.
+    """
+    finished = (run.of(stage.name) / "manifest.json").exists()
     keys = sorted({*before.options, *options})
     changed = [key for key in keys if before.options.get(key) != options.get(key)]
     return [
         f"{key}: {before.options.get(key)!r} -> {options.get(key)!r}"
         for key in changed
-        if not _may_grow(stage, key, before.options.get(key), options.get(key))
+        if not (key in stage.grows and not finished)
+        and not _may_grow(stage, key, before.options.get(key), options.get(key))
     ]
 
 
@@ -148,13 +156,13 @@ def _may_grow(stage: Stage, key: str, old: Any, new: Any) -> bool:
     return key in stage.grows and (new is None or (old is not None and new >= old))  # None is no limit
 
 
-def _outdated(stage: Stage, before: Asked, asked: Asked) -> list[str]:
+def _outdated(stage: Stage, before: Asked, asked: Asked, run: RunFolder) -> list[str]:
     """Options and inputs that changed in a way that the stage cannot grow into."""
     names = sorted({*before.inputs, *asked.inputs})
     changed = [name for name in names if before.inputs.get(name) != asked.inputs.get(name)]
     inputs = [name for name in changed if f"inputs.{name}" not in stage.grows]
     shown = ", ".join(inputs[:3]) + (f" and {len(inputs) - 3} more" if len(inputs) > 3 else "")
-    return [*_changes(stage, before, asked.options), *([f"changed inputs ({shown})"] if inputs else [])]
+    return [*_changes(stage, before, asked.options, run), *([f"changed inputs ({shown})"] if inputs else [])]
 
 
 def _keep(stage: Stage, run: RunFolder) -> None:
@@ -163,7 +171,7 @@ def _keep(stage: Stage, run: RunFolder) -> None:
     if manifest is None:
         return
     options = flat_options(stage)
-    changed = [change.partition(": ")[0] for change in _changes(stage, manifest.asked, options)]
+    changed = [change.partition(": ")[0] for change in _changes(stage, manifest.asked, options, run)]
     if not changed:
         return
     accepted = {key: value for key, value in manifest.asked.options.items() if key not in changed}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ class _Timed:
         started, is_new = time.monotonic(), {path.name for path in out.iterdir()} == {"stage.json"}
         metrics = self._launcher(stage, inputs, out)
         seconds = time.monotonic() - started
-        times: dict[str, Any] = json.loads(self._path.read_bytes()) if self._path.exists() else {}
+        times: dict[str, Any] = {}
+        with suppress(OSError, ValueError):  # lost times are no reason to stop
+            times = json.loads(self._path.read_bytes())
         times[stage.name] = round((0.0 if is_new else times.get(stage.name, 0.0)) + seconds, 2)
         write_text(self._path, json.dumps(times, indent=1) + "\n")
         say(f"{stage.name}: {_brief(stage, metrics)} ({seconds:.1f} s)")

@@ -77,7 +77,10 @@ def _encode_responses(
     end = end_of_response(tokenizer)
     if end is None:
         raise DataError("expected a tokenizer with an end-of-sequence token, found none; set its eos_token")
-    encoded = tokenizer([text for text, _ in texts], add_special_tokens=False, verbose=False)["input_ids"]
+    # Text that spells a special token, such as <eos>, is text.
+    encoded = tokenizer(
+        [text for text, _ in texts], add_special_tokens=False, split_special_tokens=True, verbose=False
+    )["input_ids"]
     return {(text, cut): (*ids, *(() if cut else (end,))) for (text, cut), ids in zip(texts, encoded, strict=True)}
 
 

@@ -15,6 +15,7 @@ from types import FrameType
 from orpo_distill.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_received: list[int] = []
 
 
 @contextmanager
@@ -22,14 +23,22 @@ def signals_raise() -> Iterator[None]:
     """Inside the block SIGINT and SIGTERM raise `Interrupted`. Main thread only."""
 
     def stop(number: int, _: FrameType | None) -> None:
+        _received.append(number)
         raise Interrupted(number)
 
     before = [signal.signal(number, stop) for number in SIGNALS]
     try:
         yield
     finally:
+        _received.clear()
         for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, handler)
+
+
+def check() -> None:
+    """Raise Interrupted if a signal came. Python loses what a handler raises inside `__del__` and the like."""
+    if _received:
+        raise Interrupted(_received[0])
 
 
 class Stop:

@@ -53,7 +53,7 @@ class Launcher:
         for index in range(count):
             options = stage.options.model_copy(update={"shard": (index, count)})
             path = _write_call(stage.work, options, inputs, out, f"call-{index}.json")
-            command = [sys.executable, "-m", "orpo_distill.launch", str(path)]
+            command = [sys.executable, "-m", "orpo_distill.call", str(path)]
             jobs.append(Job(command, _device_environment(index, count), path))
         run_jobs(stage.name, jobs)
 
@@ -62,7 +62,7 @@ class Launcher:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
         if processes > 1:
             command.append("--multi_gpu")  # what accelerate calls several processes, on CPUs too
-        run_jobs(stage.name, [Job([*command, "-m", "orpo_distill.launch", str(path)], dict(os.environ), path)])
+        run_jobs(stage.name, [Job([*command, "-m", "orpo_distill.call", str(path)], dict(os.environ), path)])
         metrics: Metrics = json.loads((out / "metrics.json").read_bytes())
         (out / "metrics.json").unlink()
         return metrics
@@ -228,7 +228,3 @@ def _gpus() -> list[str]:
     count = int(found.stdout or 0)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

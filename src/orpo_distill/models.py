@@ -88,6 +88,8 @@ def pick_device(device: str = "auto") -> str:
 def checkpoint_folder(model: str) -> Path | None:
     """The folder that `model` names, or None for what can only be a hub id. Raises ModelError if it is neither."""
     path = Path(model).expanduser()
+    if not model.strip():
+        raise ModelError("expected a checkpoint's folder or a hub id, found an empty name")
     if path.is_dir():
         if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise ModelError(
@@ -137,8 +139,13 @@ def save_checkpoint(
     state_dict: dict[str, Any] | None = None,
 ) -> None:
     """Write an ordinary checkpoint folder (or adapter's), with the permissions of any other new file."""
-    with _no_progress_bars():
-        model.save_pretrained(folder, state_dict=state_dict)
+    from safetensors import SafetensorError
+
+    try:
+        with _no_progress_bars():
+            model.save_pretrained(folder, state_dict=state_dict)
+    except SafetensorError as error:  # how a full disk shows
+        raise OSError(str(error)) from error
     tokenizer.save_pretrained(folder)
     readable = 0o666 & ~_umask()
     for file in folder.glob("*.safetensors"):  # safetensors makes them private

@@ -13,8 +13,9 @@ LEAST_SHARE = 0.03  # of the work that is done before the time left is guessed
 
 
 def say(text: str) -> None:
-    """One line to the user."""
-    print(text, file=sys.stderr, flush=True)
+    """A message to the user. Control characters, which may come from a model or a server, are shown, not obeyed."""
+    plain = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    print(plain, file=sys.stderr, flush=True)
 
 
 @contextmanager

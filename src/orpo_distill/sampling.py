@@ -10,7 +10,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from orpo_distill import progress
+from orpo_distill import interrupt, progress
+from orpo_distill.component import blamed, type_name
 from orpo_distill.errors import DataError, RunError
 from orpo_distill.records import FinishReason, JsonlAppender, Message, Trace, from_json, stable_hash, write_jsonl
 from orpo_distill.samplers import Completion, Decoding, Request, Sampler
@@ -40,12 +41,19 @@ def sample_traces(
         partial = out / ("traces.partial.jsonl" if shard is None else f"traces.partial-{shard[0]}.jsonl")
         label = f"sample {policy}" if shard is None else f"sample {policy}, process {shard[0] + 1} of {shard[1]}"
         with (
+            blamed(sampler),
             JsonlAppender(partial) as traces,
             sampler.open(model) as generate,
             progress.progress(label, len(mine), len(mine) - len(missing)) as advance,
         ):
+            asked = {_key(request) for request in missing}
             for completion in generate(missing, decoding):
+                interrupt.check()
                 trace = _trace(completion, policy)
+                if _key(trace) not in asked or _key(trace) in standing:
+                    raise RunError(
+                        f"expected one completion a request of {type_name(type(sampler))}, found another one"
+                    )
                 traces.append(trace)
                 standing[_key(trace)] = trace
                 advance(1)
@@ -113,7 +121,7 @@ def _trace(completion: Completion, policy: str) -> Trace:
         problem_id=request.problem_id,
         policy=policy,
         sample_index=request.sample_index,
-        text=completion.text,
+        text=completion.text.encode(errors="replace").decode(),  # no lone surrogates: tokenizers refuse them
         finish_reason=completion.finish_reason,
         prompt_tokens=completion.prompt_tokens,
         completion_tokens=completion.completion_tokens,

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from orpo_distill.checkpoints import damaged, seal, sweep
+from orpo_distill.component import blamed, type_name
 from orpo_distill.errors import OrpoDistillError, RunError, TrainingError
 from orpo_distill.groups import Row, collate, micro_batches
 from orpo_distill.interrupt import Stop
@@ -131,7 +132,13 @@ class GroupTrainer(Trainer):
         step, objective, self.under_way = self._step, self.course.objective, rows
         batch = collate(rows, objective.scores_prompt, str(self.args.device))
         scored = score(model, batch, self._picks_positions, step.mean_chosen_tokens(objective.scores_prompt))
-        loss = objective(scored)
+        with blamed(objective):
+            loss = objective(scored)
+        if loss.per_pair.shape != (len(rows),):
+            raise TrainingError(
+                f"expected a loss a pair ({len(rows)}) of {type_name(type(objective))}, found the shape "
+                f"{tuple(loss.per_pair.shape)}; `per_pair` must not be reduced"
+            )
         # Gradients are averaged over processes afterwards, hence the factor.
         self.accelerator.backward(loss.per_pair.sum() * (counts * self.args.world_size / len(step.rows)))
         values = torch.stack([loss.per_pair.detach(), *loss.metrics.values()])

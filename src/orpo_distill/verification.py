@@ -112,8 +112,10 @@ class Worker:
             connection.send((problem, trace))
             if connection.poll(self._timeout):
                 found = connection.recv()
-                assert isinstance(found, Verdict)
-                return found
+                if isinstance(found, Verdict) and found.trace_id == trace.id:
+                    return found
+                self.kill()
+                return failed(trace, "the verifier's process answered for another trace; did it fork?")
             self.kill()
             return failed(trace, f"the verifier took longer than {self._timeout:g} s")
         except (EOFError, OSError):
@@ -134,8 +136,9 @@ class Worker:
         if process is None:
             return None
         with suppress(subprocess.TimeoutExpired):
-            return process.wait(0.2)
-        process.kill()
+            process.wait(0.2)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with all that the verifier started
         return process.wait()
 
     def _start(self) -> Connection[Any, Any]:
@@ -151,6 +154,7 @@ class Worker:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # what a verifier prints is not this program's output
+                start_new_session=True,
             )
         self._connection = ours
         problem = "it did not answer"

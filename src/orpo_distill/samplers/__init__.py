@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Annotated
 
 from pydantic import Field
 
@@ -43,10 +44,10 @@ class Decoding(Options):
     """How a text is drawn. `temperature: 0` is greedy."""
 
     temperature: float = Field(0.8, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, ge=1e-6, le=1)
     top_k: int = Field(0, ge=0)  # 0: off
     max_new_tokens: int = Field(512, ge=1)
-    stop: tuple[str, ...] = ()  # texts that end a sample; they are cut off
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # texts that end a sample; they are cut off
 
 
 Generate = Callable[[Iterable[Request], Decoding], Iterator[Completion]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{path}:{number}", found
     except ValueError as error:
         raise DataError(f"{path}:{number}: expected a JSON object, found: {error}; mend or remove the line") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error, RecursionError) as error:
         raise DataError(f"expected JSON Lines at {path}, found: {error}; check the path and the file") from error
 
 

@@ -19,6 +19,7 @@ from orpo_distill.config import VerifySection
 from orpo_distill.errors import DataError
 from orpo_distill.records import (
     Answer,
+    FinishReason,
     Outcome,
     Problem,
     Trace,
@@ -77,6 +78,11 @@ def evaluate(options: EvaluateOptions, inputs: Mapping[str, Path], out: Path) ->
     if options.shard is not None:
         return {}
     traces = list(read_jsonl(out / "traces.jsonl", Trace))
+    if all(trace.finish_reason is FinishReason.ERROR for trace in traces):
+        raise DataError(
+            f"expected answers of {options.policy}, found that all {len(traces)} samples failed, the first: "
+            f"{traces[0].error}; a recorded teacher has no texts for test problems: set evaluate.teacher: false"
+        )
     verifier = options.task.judge()
     pairs = ((problems[trace.problem_id], trace) for trace in traces)
     verdicts = dict(

@@ -230,7 +230,9 @@ def _token_counts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> d
     unique = list(dict.fromkeys(texts))
     if not unique:
         return {}
-    encoded = tokenizer(unique, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(
+        unique, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )
     return {text: len(ids) for text, ids in zip(unique, encoded["input_ids"], strict=True)}
 
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,13 +27,14 @@ from pydantic import PositiveInt, SerializeAsAny, model_validator
 from orpo_distill.checkpoints import FINAL, MODEL, is_whole, newest, publish, step_of, sweep
 from orpo_distill.component import Options
 from orpo_distill.config import TrainSection
-from orpo_distill.errors import RunError, missing_extra
+from orpo_distill.errors import ConfigError, RunError, missing_extra
 from orpo_distill.groups import Row, default_steps, schedule, tokenize
 from orpo_distill.interrupt import deferred
 from orpo_distill.models import load_model, load_tokenizer
 from orpo_distill.objectives import Objective
 from orpo_distill.progress import progress
 from orpo_distill.records import Pair, read_jsonl, write_text
+from orpo_distill.samplers.hf import context_length
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -110,6 +113,11 @@ def _run(options: TrainOptions, course: Course, args: TrainingArguments, start: 
         f"train round {options.first_round}" if one else f"train rounds {options.first_round} to {options.last_round}"
     )
     model = _model(options, args)
+    longest, limit = max(row.length for step in course.steps for row in step), context_length(model)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"expected train.max_length of at most the student's context, {limit} tokens, found a row of {longest}"
+        )
     with progress(label, len(course.steps), done) as advance, deferred() as stop:
         watch = Watch(stop, options.train.checkpoint_minutes, advance)
         run(model, tokenizer, args, course, watch, start)
@@ -232,9 +240,20 @@ def _model(options: TrainOptions, args: TrainingArguments) -> Any:
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():  # peft 0.21 asks by a name that transformers 5.23 deprecates
+    with (
+        warnings.catch_warnings(),
+        _lora_errors_explained(),
+    ):  # peft 0.21 asks by a name that transformers 5.23 deprecates
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return get_peft_model(model, config)
+
+
+@contextmanager
+def _lora_errors_explained() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"expected settings in train.lora that fit the student, found: {error}") from error
 
 
 def _metrics(course: Course, counts: Mapping[str, int]) -> dict[str, Any]:

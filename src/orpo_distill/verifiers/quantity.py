@@ -18,7 +18,8 @@ _OPERATOR = re.compile(
 )
 _CALCULATING = re.compile(r"\s*[a-zA-Z]+(?:\s[a-zA-Z]+)?\s*[-+*/x×÷−]\s*\d")
 NOT_PLAIN = re.compile(
-    MULTIPLIED + r"|\s+(?:squared|cubed|factorial)\b|:\d|\s\d|\s?(?:[xyznk]|[KM]|π|√|\\?sqrt|\\?pi|i)(?![\w-])|[.,]\d"
+    MULTIPLIED
+    + r"|\s+(?:squared|cubed|factorial)\b|[eE][-+]?\d|:\d|\s\d|\s?(?:[xyznk]|[KM]|π|√|\\?sqrt|\\?pi|i)(?![\w-])|[.,]\d"
 )
 _SECOND = re.compile(
     r"(?P<link>\s*(?:to|through|-|–|—|,)\s*|[^.;,()=\d]{0,30}?\b(?:or|and)\b\s*(?:\w+\s+){0,1}?)(?=[-−]?\.?\d)"
