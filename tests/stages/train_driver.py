@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from orpo_distill.errors import OrpoDistillError
+from orpo_distill.errors import Interrupted, OrpoDistillError
 from orpo_distill.interrupt import signals_raise
 from orpo_distill.stages.train import TrainOptions, train
 
@@ -32,6 +32,8 @@ def main(pairs: str, out: str, options: str, *limit: str) -> int:
     try:
         with signals_raise():
             train(what, {"pairs": Path(pairs)}, Path(out))
+    except Interrupted as error:
+        return error.exit_code
     except OrpoDistillError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
