@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -10,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from orpo_distill.errors import ConfigError
+from orpo_distill.errors import ConfigError, Interrupted
+from orpo_distill.interrupt import signals_raise
 from orpo_distill.records import FinishReason, Outcome, Problem, Trace, Verdict
 from orpo_distill.verification import verify_all
 from orpo_distill.verifiers import Verifier
@@ -160,3 +162,19 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+class Signalled(Verifier):
+    """Is interrupted while it judges, as by Ctrl-C."""
+
+    isolated = False
+
+    def __call__(self, problem: Problem, trace: Trace) -> Verdict:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Verdict(trace.id, Outcome.CORRECT, None, "never reached")
+
+
+def test_an_interruption_is_never_taken_for_a_verifiers_fault() -> None:
+    with pytest.raises(Interrupted) as caught, signals_raise():
+        list(verify_all(Signalled(), traces("a")))
+    assert caught.value.exit_code == 128 + signal.SIGTERM
