@@ -392,3 +392,25 @@ def test_eval_prints_json(tmp_path: Path) -> None:
     row = json.loads(done.stdout)
     assert row["n"] == 3
     assert row["low"] <= row["accuracy"] <= row["high"]
+
+
+def test_the_embedded_default_in_small_and_a_second_time(tmp_path: Path) -> None:
+    """`orpo-distill quickstart` with real models on both sides; the second run finds nothing to do."""
+    small = [
+        "problems.limit=24",
+        "rounds=2",
+        "train.steps_per_round=3",
+        "evaluate.limit=20",
+        "evaluate.validation_limit=10",
+    ]
+    first = cli("quickstart", f"runs={tmp_path}", *small)
+    assert first.returncode == 0, first.stderr
+    report = json.loads((tmp_path / "quickstart" / "report" / "report.json").read_bytes())
+    rows = {row["policy"]: row for row in report["results"] if row["split"] == "test"}
+    assert set(rows) == {"student-0", "student-1", "student-2", "teacher", "sft"}
+    assert rows["teacher"]["correct"] > rows["student-0"]["correct"]
+    assert rows["student-0"]["parsed"] >= 0.9
+    second = cli("quickstart", f"runs={tmp_path}", *small)
+    assert second.returncode == 0
+    assert second.stdout == first.stdout
+    assert "..." not in second.stderr
