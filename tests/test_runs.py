@@ -172,6 +172,23 @@ def test_what_an_input_deleted_is_made_again_when_needed(folder: RunFolder) -> N
     assert go(folder, plan("c"), redo=["deep/second"]) == ["first", "deep/second"]
 
 
+def test_a_redo_that_was_broken_off_goes_on_with_the_same_command(folder: RunFolder) -> None:
+    plan = stages(Count(), Count())
+    go(folder, plan)
+
+    def die(stage: Stage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+        (out / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), folder.lock():
+        execute(plan, folder, die, redo=["first"])
+    assert go(folder, plan, redo=["first"]) == ["first"]
+    assert (folder.of("first") / "half").exists()
+    assert [path.name for path in (folder.path / "superseded").iterdir()] == ["1"]
+    assert go(folder, plan, redo=["first"]) == ["first"]
+    assert (folder.path / "superseded" / "2" / "first" / "half").exists()
+
+
 def test_states(folder: RunFolder) -> None:
     first, second = stages(Count(), Count())
     assert [state(stage, folder) for stage in (first, second)] == ["not started", "not started"]

@@ -134,8 +134,7 @@ def main() -> None:
         with signals_raise():
             app(standalone_mode=True)
     except Interrupted as error:
-        without = " without --redo" if "--redo" in sys.argv else ""
-        say(f"interrupted; everything finished so far is kept: run the same command{without} to go on")
+        say("interrupted; everything finished so far is kept: run the same command to go on")
         raise SystemExit(error.exit_code) from None
     except OrpoDistillError as error:
         say(f"error: {error}")

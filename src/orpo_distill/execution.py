@@ -25,6 +25,7 @@ from orpo_distill.errors import RunError
 from orpo_distill.progress import say
 from orpo_distill.runs import Asked, Manifest, Metrics, RunFolder, Stage, content_id, flat_options
 
+REDOING = "redoing"  # the file that marks a stage between `--redo` and its end
 Start = Callable[[Stage, Mapping[str, Path], Path], Metrics]
 """How a stage's work is called: inline, in processes, under accelerate (launch.py)."""
 
@@ -65,8 +66,8 @@ def execute(
     for stage in stages:
         if _matches(stage, keep):
             _keep(stage, run)
-        elif _matches(stage, redo) and (old := run.supersede(stage.name)):
-            say(f"{stage.name}: to be redone, the old one is kept in {old}")
+        elif _matches(stage, redo):
+            _set_aside(stage, run)
     by_name = {stage.name: stage for stage in stages}
     restored = True
     while restored:  # a stage that had to be made again may have come out otherwise
@@ -75,6 +76,16 @@ def execute(
             if state(stage, run) != "finished":
                 restored |= _restore_consumed(stage, by_name, run, start)
             run_stage(stage, run, start)
+
+
+def _set_aside(stage: Stage, run: RunFolder) -> None:
+    """Make room for a stage that is to be redone; one whose redoing was broken off goes on where it was."""
+    mark = run.of(stage.name) / REDOING
+    if mark.exists() or not (old := run.supersede(stage.name)):
+        return
+    mark.parent.mkdir(parents=True)
+    mark.touch()
+    say(f"{stage.name}: to be redone, the old one is kept in {old}")
 
 
 def run_stage(stage: Stage, run: RunFolder, start: Start) -> Manifest:
@@ -98,6 +109,7 @@ def run_stage(stage: Stage, run: RunFolder, start: Start) -> Manifest:
     _require_outputs(stage, run)
     finished = Manifest(asked, content_id([folder / name for name in stage.outputs]), metrics)
     run.write_manifest(stage.name, finished)
+    (folder / REDOING).unlink(missing_ok=True)
     return finished
 
 

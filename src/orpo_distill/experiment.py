@@ -13,7 +13,7 @@ import yaml
 
 from orpo_distill.config import Config, load_config
 from orpo_distill.errors import RunError
-from orpo_distill.execution import execute, refuse_stale, state
+from orpo_distill.execution import REDOING, execute, refuse_stale, state
 from orpo_distill.launch import Launcher
 from orpo_distill.plan import plan, select
 from orpo_distill.progress import say
@@ -72,7 +72,7 @@ class _Timed:
 
     def __call__(self, stage: Stage, inputs: Mapping[str, Path], out: Path) -> Metrics:
         say(f"{stage.name} ...")
-        started, is_new = time.monotonic(), {path.name for path in out.iterdir()} == {"stage.json"}
+        started, is_new = time.monotonic(), {path.name for path in out.iterdir()} <= {"stage.json", REDOING}
         metrics = self._launcher(stage, inputs, out)
         seconds = time.monotonic() - started
         times: dict[str, Any] = {}
