@@ -76,11 +76,6 @@ class Job:
     environment: Mapping[str, str]
     call: Path
 
-    @property
-    def error(self) -> Path:
-        """Where the process, or one of its own, leaves its message when it fails."""
-        return self.call.with_suffix(".error")
-
 
 def call(work: str, options: Any, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Call a stage's work function in this process."""
@@ -90,23 +85,28 @@ def call(work: str, options: Any, inputs: Mapping[str, Path], out: Path) -> Metr
 
 def main(arguments: Sequence[str]) -> int:
     """Make one written call: the body of every process that a launcher starts."""
-    job = Job((), {}, Path(arguments[0]))
-    data = json.loads(job.call.read_bytes())
+    path = Path(arguments[0])
+    data = json.loads(path.read_bytes())
     module, _, name = data["options_class"].partition(":")
     options = getattr(importlib.import_module(module), name).model_validate(data["options"])
     out = Path(data["out"])
     threading.Thread(target=_die_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
     try:
         with signals_raise(), disk_errors_explained(out):
-            metrics = call(data["work"], options, {key: Path(path) for key, path in data["inputs"].items()}, out)
+            metrics = call(data["work"], options, {key: Path(value) for key, value in data["inputs"].items()}, out)
     except Interrupted as error:
         return error.exit_code
     except OrpoDistillError as error:
-        write_text(job.error, str(error))
+        write_text(_error_file(path), str(error))
         return error.exit_code
-    if int(os.environ.get("RANK", "0")) == 0 and job.call.name == "call.json":
+    if int(os.environ.get("RANK", "0")) == 0 and path.name == "call.json":
         write_text(out / "metrics.json", json.dumps(metrics))
     return 0
+
+
+def _error_file(call_file: Path) -> Path:
+    """Where the process that makes a written call, or one of its own, leaves its message when it fails."""
+    return call_file.with_suffix(".error")
 
 
 def run_jobs(stage: str, jobs: Sequence[Job]) -> None:
@@ -116,7 +116,7 @@ def run_jobs(stage: str, jobs: Sequence[Job]) -> None:
     goes wrong: what follows then is only the noise of their going down.
     """
     for job in jobs:
-        job.error.unlink(missing_ok=True)
+        _error_file(job.call).unlink(missing_ok=True)
     environment = {LAUNCHER: str(os.getpid())}
     running = [
         subprocess.Popen(
@@ -152,7 +152,11 @@ def _wait(stage: str, running: Sequence[subprocess.Popen[bytes]], jobs: Sequence
                 continue
             waiting.remove((process, job))
             if code:
-                message = job.error.read_text() if job.error.exists() else f"a process ended with exit code {code}"
+                message = (
+                    _error_file(job.call).read_text()
+                    if _error_file(job.call).exists()
+                    else f"a process ended with exit code {code}"
+                )
                 raise RunError(f"{stage}: {message}")
 
 
@@ -178,7 +182,7 @@ def _relay(process: subprocess.Popen[bytes], job: Job, stopping: threading.Event
     assert process.stderr is not None
     with process.stderr as lines:
         for line in lines:
-            if not (stopping.is_set() or job.error.exists()):
+            if not (stopping.is_set() or _error_file(job.call).exists()):
                 say(line.decode(errors="replace").rstrip("\n"))
 
 
