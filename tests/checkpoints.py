@@ -38,6 +38,21 @@ _SIZES: dict[str, dict[str, Any]] = {
     "mamba": {"model_type": "mamba", "state_size": 4},
 }
 ARCHITECTURES = tuple(_SIZES)
+_WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_SIZES |= {
+    "llama_tied": {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 8},
+    "gemma3_tied": _SIZES["gemma3"] | {"tie_word_embeddings": True, "final_logit_softcapping": 3.0},
+    "gemma2": {"model_type": "gemma2", "num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8, **_WINDOW}
+    | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "cohere2": {"model_type": "cohere2", "num_key_value_heads": 1, "logit_scale": 0.25, **_WINDOW},
+    "bloom": {"model_type": "bloom", "n_layer": 2, "n_head": 2},
+    "llama4": {"model_type": "llama4_text", "attention_chunk_size": 8, "num_local_experts": 2, "head_dim": 8}
+    | {"intermediate_size_mlp": 32, "no_rope_layers": [1, 0], "num_key_value_heads": 1},
+    "falcon_h1": {"model_type": "falcon_h1", "num_key_value_heads": 2, "mamba_d_ssm": 16, "mamba_n_heads": 2}
+    | {"mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1},
+}
+UNUSUAL = tuple(name for name in _SIZES if name not in ARCHITECTURES)
 
 
 def tiny_tokenizer(vocab: str = "", chat_template: str | None = None) -> PreTrainedTokenizerFast:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orpo_distill.errors import DataError
-from orpo_distill.groups import Row, collate, default_steps, micro_batches, schedule, tokenize
+from orpo_distill.groups import default_steps, schedule, tokenize
 from orpo_distill.records import Message, Pair
 from tests.checkpoints import BOS, CHAT_TEMPLATE, tiny_tokenizer
 
@@ -15,11 +15,6 @@ QUESTION = (Message("user", "2+2?"),)
 
 def pair(problem: str = "p", chosen: str = "four", rejected: str = "five", cut: bool = False) -> Pair:
     return Pair(problem, QUESTION, chosen, rejected, "c1", "r1", "teacher", "student-0", cut)
-
-
-def row(prompt: int, chosen: int, rejected: int, length: int = 1) -> Row:
-    """A row whose prompt and traces are told apart by number."""
-    return Row(1, pair(f"p{prompt}"), (100 + prompt,), (200 + chosen,) * length, (300 + rejected,) * length)
 
 
 def test_prompt_is_what_the_student_is_asked_and_a_finished_response_ends_with_eos() -> None:
@@ -93,39 +88,6 @@ def test_rounds_and_seeds_differ() -> None:
     ids = [str(number) for number in range(40)]
     orders = [schedule(ids, 10, 4, seed, number).steps for seed in (0, 1) for number in (1, 2)]
     assert all(a != b for place, a in enumerate(orders) for b in orders[:place])
-
-
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5)), min_size=1, max_size=30), st.integers(1, 8))
-def test_micro_batches_hold_every_row_once_and_no_more_than_allowed(shapes: list[tuple[int, int]], size: int) -> None:
-    rows = [row(prompt, number, number, length) for number, (prompt, length) in enumerate(shapes)]
-    batches = micro_batches(rows, size)
-    assert Counter(one for batch in batches for one in batch) == Counter(rows)
-    assert all(0 < len(batch) <= size for batch in batches)
-
-
-def test_a_prompt_that_fits_is_not_split() -> None:
-    rows = [row(prompt, number, number) for number in range(3) for prompt in range(4)]
-    for batch in micro_batches(rows, 4):
-        assert len({one.prompt for one in batch}) == 1
-
-
-def test_each_distinct_trace_is_laid_out_once() -> None:
-    """(c0, r0), (c1, r0), (c0, r1) under one prompt: 4 traces. The same texts under another prompt: 2 more."""
-    batch = collate([row(0, 0, 0), row(0, 1, 0), row(0, 0, 1), row(1, 0, 0)], score_prompt=False)
-    assert batch.input_ids.tolist() == [[100, 200], [100, 300], [100, 201], [100, 301], [101, 200], [101, 300]]
-    assert batch.chosen.tolist() == [0, 2, 0, 4]
-    assert batch.rejected.tolist() == [1, 1, 3, 5]
-
-
-def test_positions_that_are_scored() -> None:
-    """Position t is scored where token t + 1 is wanted; rows are padded on the right."""
-    rows = [Row(1, pair(), (1, 2, 3), (4,), (5, 6))]
-    batch = collate(rows, score_prompt=False)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 0], [1, 2, 3, 5, 6]]
-    assert batch.scored.tolist() == [[False, False, True, False, False], [False, False, True, True, False]]
-    full = collate(rows, score_prompt=True)
-    assert full.scored.tolist() == [[True, True, True, False, False], [True, True, True, True, False]]
-    assert full.response.tolist() == batch.scored.tolist()
 
 
 def test_text_that_spells_a_special_token_is_text() -> None:

@@ -28,6 +28,8 @@ ROWS = [
     {"stages"},
     {"trainer"},
     {"scoring", "checkpoints", "sampling", "verification", "judged", "statistics", "runs"},
+    {"attention", "head"},
+    {"packing"},
     {"config"},
     {"mixing", "groups", "diversity"},
     {"tasks", "samplers", "objectives"},
@@ -120,7 +122,7 @@ def test_speed_only_options_are_exactly_these() -> None:
     assert found == {
         "launch",
         "runs",
-        "train.pairs_per_batch",
+        "train.tokens_per_batch",
         "train.gradient_checkpointing",
         "train.checkpoint_minutes",
         "train.logging_steps",
@@ -130,4 +132,7 @@ def test_speed_only_options_are_exactly_these() -> None:
         "sampler.hf.rows",
         "sampler.hf.device",
         "sampler.scripted.delay",
+        "sampler.vllm.python",
+        "sampler.vllm.tensor_parallel_size",
+        "sampler.vllm.gpu_memory_utilization",
     }

@@ -57,6 +57,18 @@ def test_a_bad_line_is_named_with_its_number(tmp_path: Path) -> None:
         list(read_jsonl(path, Problem))
 
 
+def test_appending_tells_where_each_line_begins(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    places = []
+    for torn in (b"", b"torn"):
+        with path.open("ab") as file:
+            file.write(torn)
+        with JsonlAppender(path) as file:
+            places += [file.append(Trace(str(i), "p", "teacher", i, "é" * i)) for i in range(3)]
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert places == [sum(map(len, lines[:i])) for i in range(6)]
+
+
 @pytest.mark.parametrize("torn", [b'{"id": "t', b"x" * 200_000])
 def test_a_torn_last_line_is_cut_and_appending_goes_on(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "traces.jsonl"

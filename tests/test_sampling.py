@@ -136,6 +136,18 @@ def test_a_crash_between_the_result_and_the_removal_of_partial_files_is_harmless
     assert (tmp_path / "traces.jsonl").read_bytes() == before
 
 
+def test_a_crash_between_the_spare_file_and_the_result_is_harmless(tmp_path: Path) -> None:
+    run(tmp_path, requests(3))
+    before = (tmp_path / "traces.jsonl").read_bytes()
+    run(tmp_path, requests(1), Closed())
+    (tmp_path / "traces.jsonl.tmp").mkdir()  # the result cannot be written
+    with pytest.raises(IsADirectoryError):
+        run(tmp_path, requests(3), Closed())
+    (tmp_path / "traces.jsonl.tmp").rmdir()
+    assert run(tmp_path, requests(3), Closed()) == 0
+    assert (tmp_path / "traces.jsonl").read_bytes() == before
+
+
 def test_shards_together_are_the_whole(tmp_path: Path) -> None:
     one, three = tmp_path / "one", tmp_path / "three"
     one.mkdir(), three.mkdir()

@@ -11,7 +11,7 @@ from orpo_distill.component import component_class
 from orpo_distill.config import TrainSection
 from orpo_distill.groups import Row, tokenize
 from orpo_distill.interrupt import Stop
-from orpo_distill.models import load_model, load_tokenizer
+from orpo_distill.models import load_tokenizer
 from orpo_distill.objectives import Objective
 from orpo_distill.records import Message, Pair, write_jsonl
 from orpo_distill.stages.train import TrainOptions, train
@@ -81,14 +81,17 @@ def rows_of(model: Path, pairs: Sequence[Pair], with_rejected: bool = True) -> l
     return tokenize(pairs, load_tokenizer(str(model)), 256, with_rejected)
 
 
-def ready_trainer(model: Path, pairs: Sequence[Pair], loss: Objective, out: Path, pairs_per_batch: int = 8) -> Any:
+def ready_trainer(
+    model: Path, pairs: Sequence[Pair], loss: Objective, out: Path, tokens_per_batch: int = 64, **section: Any
+) -> Any:
     """A trainer whose first `training_step(trainer.model, {})` is one step on all the pairs."""
-    from orpo_distill.stages.train import _arguments
+    from orpo_distill.stages.train import _arguments, _model
     from orpo_distill.trainer import Course, GroupTrainer, Watch
 
-    course = Course([rows_of(model, pairs)], 0, 1, loss, pairs_per_batch, out / "log.jsonl")
-    args = _arguments(options(model, loss=loss), course, out)
+    course = Course([rows_of(model, pairs)], 0, 1, loss, tokens_per_batch, out / "log.jsonl")
+    what = options(model, loss=loss, **section)
+    args = _arguments(what, course, out)
     watch = Watch(Stop(), 1e6, lambda n: None)
-    trainer = GroupTrainer(load_model(str(model), "float32", "cpu"), load_tokenizer(str(model)), args, course, watch)
+    trainer = GroupTrainer(_model(what, args), load_tokenizer(str(model)), args, course, watch)
     trainer.create_optimizer_and_scheduler(10)
     return trainer

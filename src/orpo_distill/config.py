@@ -115,7 +115,7 @@ class TrainSection(Options):
     autocast: bool = False  # float32 weights, bfloat16 arithmetic
     lora: LoraSection | None = None
     trust_remote_code: bool = False
-    pairs_per_batch: Annotated[PositiveInt, SPEED_ONLY] = 8  # pairs in one forward pass; lower it when memory runs out
+    tokens_per_batch: Annotated[PositiveInt, SPEED_ONLY] = 4096  # in one forward pass; lower it when memory runs out
     gradient_checkpointing: Annotated[bool, SPEED_ONLY] = False
     checkpoint_minutes: Annotated[float, Field(gt=0), SPEED_ONLY] = 10.0
     logging_steps: Annotated[PositiveInt, SPEED_ONLY] = 10

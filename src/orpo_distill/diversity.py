@@ -9,6 +9,7 @@ so there only exact repetitions are found.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 
 from rapidfuzz.distance import LCSseq
@@ -48,10 +49,8 @@ def diverse(texts: Sequence[str], threshold: float) -> list[str]:
 
 def _encode(texts: Sequence[str]) -> list[str]:
     """Each text as a string with one character a word: the form that the C library compares fastest."""
-    codes: dict[str, str] = {}
-    return [
-        "".join([codes.setdefault(word, chr(len(codes))) for word in _WORD.findall(text.lower())]) for text in texts
-    ]
+    codes: defaultdict[str, str] = defaultdict(lambda: chr(len(codes)))
+    return ["".join(map(codes.__getitem__, _WORD.findall(text.lower()))) for text in texts]
 
 
 def _above(a: str, b: str, threshold: float) -> bool:

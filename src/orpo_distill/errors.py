@@ -58,3 +58,9 @@ def missing_extra(package: str, extra: str) -> ConfigError:
     return ConfigError(
         f"expected the package {package}, found that it is not installed: pip install 'orpo-distill[{extra}]'"
     )
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an engine's error says that memory ran out."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")  # accelerators, Linux, Windows
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

@@ -1,8 +1,7 @@
-"""Pairs in the student's tokens, the order they are trained in, and groups: a prompt with all its traces.
+"""Pairs in the student's tokens, and the order they are trained in.
 
 Prompt and response are tokenised apart, so that no token merges across the boundary: the student is trained on exactly
-the tokens that it sees and writes when it samples. Each distinct trace of a micro-batch is scored once, however many
-pairs it stands in.
+the tokens that it sees and writes when it samples.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from orpo_distill.records import Message, Pair, derive_seed
 from orpo_distill.samplers.prompts import encode_prompt, end_of_response
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 Tokens = tuple[int, ...]
@@ -143,79 +141,3 @@ def _shuffled(indices: Iterable[int], problem_ids: Sequence[str], coin: random.R
     problems = list(by_problem.values())
     coin.shuffle(problems)
     return [index for problem in problems for index in problem]
-
-
-def micro_batches(rows: Sequence[Row], pairs_per_batch: int) -> list[list[Row]]:
-    """A step's rows in runs of at most `pairs_per_batch`, those of one prompt together, short ones first."""
-    by_prompt: dict[Tokens, list[Row]] = {}
-    for row in rows:
-        by_prompt.setdefault(row.prompt, []).append(row)
-    parts = [
-        group[start : start + pairs_per_batch]
-        for group in by_prompt.values()
-        for start in range(0, len(group), pairs_per_batch)
-    ]
-    batches: list[list[Row]] = []
-    for part in sorted(parts, key=lambda part: max(row.length for row in part)):
-        if batches and len(batches[-1]) + len(part) <= pairs_per_batch:
-            batches[-1].extend(part)
-        else:
-            batches.append(list(part))
-    return batches
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """A prompt with its distinct traces."""
-
-    prompt: Tokens
-    traces: list[Tokens]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Groups laid out for one forward pass: N distinct traces in rows padded on the right to T, and B pairs of them."""
-
-    input_ids: Tensor  # (N, T)
-    scored: Tensor  # (N, T) bool: where the next token's log-probability is wanted
-    response: Tensor  # (N, T) bool: where the next token is the response's
-    chosen: Tensor  # (B,) index into the N traces
-    rejected: Tensor  # (B,) index into the N traces; empty where rows have no rejected side
-
-
-def collate(rows: Sequence[Row], score_prompt: bool, device: str = "cpu") -> Batch:
-    """Lay out the rows' distinct traces. `score_prompt` wants the prompt's tokens (all but the first) scored too."""
-    import torch
-
-    groups, chosen, rejected = _group(rows)
-    sequences = [(len(group.prompt), group.prompt + trace) for group in groups for trace in group.traces]
-    longest = max(len(tokens) for _, tokens in sequences)
-    input_ids = torch.tensor([(*tokens, *(0,) * (longest - len(tokens))) for _, tokens in sequences])
-    starts = torch.tensor([start for start, _ in sequences])[:, None]
-    ends = torch.tensor([len(tokens) for _, tokens in sequences])[:, None]
-    place = torch.arange(longest)[None, :]
-    response = (place >= starts - 1) & (place < ends - 1)
-    return Batch(
-        input_ids=input_ids.to(device),
-        scored=(place < ends - 1).to(device) if score_prompt else response.to(device),
-        response=response.to(device),
-        chosen=torch.tensor(chosen, device=device),
-        rejected=torch.tensor(rejected, device=device, dtype=torch.long),
-    )
-
-
-def _group(rows: Sequence[Row]) -> tuple[list[Group], list[int], list[int]]:
-    """The rows' groups, and each row's chosen and rejected trace counted through all groups."""
-    traces: dict[Tokens, dict[Tokens, int]] = {}
-    for row in rows:
-        own = traces.setdefault(row.prompt, {})
-        for trace in (row.chosen, row.rejected):
-            if trace:
-                own.setdefault(trace, len(own))
-    starts, total = {}, 0
-    for prompt, own in traces.items():
-        starts[prompt] = total
-        total += len(own)
-    chosen = [starts[row.prompt] + traces[row.prompt][row.chosen] for row in rows]
-    rejected = [starts[row.prompt] + traces[row.prompt][row.rejected] for row in rows if row.rejected]
-    return [Group(prompt, list(own)) for prompt, own in traces.items()], chosen, rejected

@@ -29,7 +29,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     Raises ModelError.
     """
     folder = checkpoint_folder(model)
-    base = _adapter_base(folder)
+    base = adapter_base(folder)
     if folder is not None and base is not None and not (folder / "tokenizer_config.json").exists():
         return load_tokenizer(base, trust_remote_code)
     from transformers import AutoTokenizer
@@ -51,7 +51,7 @@ def load_model(
     """
     device = pick_device(device)
     folder = checkpoint_folder(model)
-    base = _adapter_base(folder)
+    base = adapter_base(folder)
     if folder is not None and base is not None:
         return _load_adapter(folder, load_model(base, dtype, device, trust_remote_code))
     if dtype == "auto" and device == "cpu":
@@ -104,8 +104,8 @@ def checkpoint_folder(model: str) -> Path | None:
     raise ModelError(f"expected a checkpoint's folder or a hub id, found nothing at {model}; check the path")
 
 
-def _adapter_base(folder: Path | None) -> str | None:
-    """The base model that a LoRA adapter's folder names; None for any other folder. Raises ModelError."""
+def adapter_base(folder: Path | None) -> str | None:
+    """The base model that a LoRA adapter's folder names; None for anything else. Raises ModelError."""
     if folder is None or (folder / "config.json").exists():
         return None
     try:

@@ -6,6 +6,7 @@ nothing that the pilot sampled is sampled (or paid for) again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ from typing import Any
 
 from orpo_distill.config import Config
 from orpo_distill.experiment import run
-from orpo_distill.groups import Row, collate, default_steps, micro_batches, tokenize
+from orpo_distill.groups import Row, default_steps, tokenize
 from orpo_distill.mixing import phi_of_round
 from orpo_distill.models import load_model, load_tokenizer, pick_device
+from orpo_distill.packing import collate, micro_batches
 from orpo_distill.progress import say
 from orpo_distill.records import Pair, read_jsonl
 from orpo_distill.runs import RunFolder, read_manifest
@@ -69,7 +71,7 @@ def _pilot_limit(config: Config, count: int) -> int | None:
 
 def seconds_a_pair(config: Config, pairs: Path) -> float:
     """Seconds that forward and backward take for a pair, over a few micro-batches after one to warm up."""
-    from orpo_distill.scoring import picks_positions, score
+    from orpo_distill.scoring import prepare, score
 
     train, objective = config.train, config.objective
     device = pick_device()
@@ -77,13 +79,13 @@ def seconds_a_pair(config: Config, pairs: Path) -> float:
     model: Any = load_model(config.student.model, train.dtype, device, train.trust_remote_code)
     needs_rejected = "rejected" in objective.requires
     rows = tokenize(read_jsonl(pairs / "pairs.jsonl", Pair), tokenizer, train.max_length, needs_rejected)
-    batches = micro_batches(rows, train.pairs_per_batch)
-    middle = len(batches) // 2  # they are sorted by length
-    timed = batches[max(0, middle - MOST_TIMED // 2) :][:MOST_TIMED]
-    picks = picks_positions(model)
+    prepare(model, rows[:1], train.gradient_checkpointing)
+    steps = (rows[start : start + train.pairs_per_step] for start in range(0, len(rows), train.pairs_per_step))
+    batches = itertools.chain.from_iterable(micro_batches(step, train.tokens_per_batch) for step in steps)
+    timed = list(itertools.islice(batches, MOST_TIMED))
 
     def work(batch: Sequence[Row]) -> None:
-        scored = score(model, collate(batch, objective.scores_prompt, device), picks, 1.0)
+        scored = score(model, collate(batch, objective.scores_prompt, device), 1.0)
         loss: Any = objective(scored).per_pair.sum()
         loss.backward()
         loss.item()  # waits for the device

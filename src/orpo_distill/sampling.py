@@ -1,19 +1,23 @@
 """Sample what is missing: the resumable part that the sample and evaluate stages share.
 
 A stage's folder holds `traces.jsonl` (finished, in the order asked for), `traces.partial*.jsonl` (as they arrive, one
-file a process) and, where fewer are asked for than before, `traces.spare.jsonl` with what is not needed now.
+file a process) and, where fewer are asked for than before, `traces.spare.jsonl` with what is not needed now. Memory
+holds where each trace stands in these files, never its text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from orpo_distill import interrupt, progress
 from orpo_distill.component import blamed, type_name
 from orpo_distill.errors import DataError, RunError
-from orpo_distill.records import FinishReason, JsonlAppender, Message, Trace, from_json, stable_hash, write_jsonl
+from orpo_distill.records import FinishReason, JsonlAppender, Message, Trace, atomic_file, from_json, stable_hash
 from orpo_distill.samplers import Completion, Decoding, Request, Sampler
 
 Key = tuple[str, int, str]  # problem id, sample index, prompt id
@@ -34,7 +38,7 @@ def sample_traces(
     `shard` = (i, n) only every n-th problem, starting with the i-th, is sampled, into a partial file that a later call
     without `shard` takes in. Raises what the sampler raises; RunError if it leaves a request without an answer.
     """
-    standing = _standing(out)
+    standing = Standing(out)
     mine = requests if shard is None else _share(requests, *shard)
     missing = [request for request in mine if _key(request) not in standing]
     if missing:
@@ -54,12 +58,11 @@ def sample_traces(
                     raise RunError(
                         f"expected one completion a request of {type_name(type(sampler))}, found another one"
                     )
-                traces.append(trace)
-                standing[_key(trace)] = trace
+                standing.add(trace, partial, traces.append(trace))
                 advance(1)
-    _check(mine, standing, policy)
+    _check([_key(request) for request in mine], standing, policy)
     if shard is None:
-        _finish(requests, standing, out)
+        standing.finish([_key(request) for request in requests])
     return len(missing)
 
 
@@ -73,12 +76,13 @@ def with_prefix(messages: tuple[Message, ...], prefix: str) -> tuple[Message, ..
 
 
 def _key(item: Request | Trace) -> Key:
-    prompt = item.prompt_id if isinstance(item, Trace) else _prompt_id(item)
-    return item.problem_id, item.sample_index, prompt
+    prompt = item.prompt_id if isinstance(item, Trace) else _prompt_id(item.messages)
+    return sys.intern(item.problem_id), item.sample_index, sys.intern(prompt)  # many keys share these texts
 
 
-def _prompt_id(request: Request) -> str:
-    return stable_hash([(message.role, message.content) for message in request.messages])[:16]
+@lru_cache(maxsize=1024)
+def _prompt_id(messages: tuple[Message, ...]) -> str:
+    return stable_hash([(message.role, message.content) for message in messages])[:16]
 
 
 def _share(requests: Sequence[Request], index: int, count: int) -> list[Request]:
@@ -86,32 +90,85 @@ def _share(requests: Sequence[Request], index: int, count: int) -> list[Request]
     return [request for request in requests if order[request.problem_id] % count == index]
 
 
-def _standing(out: Path) -> dict[Key, Trace]:
-    """Every trace in the folder by its key; a finished one goes before a partial one."""
-    found: dict[Key, Trace] = {}
-    for path in (out / "traces.jsonl", *_partials(out), out / "traces.spare.jsonl"):
-        if path.exists():
-            for trace in _whole_lines(path):
-                found.setdefault(_key(trace), trace)
-    return found
+class Standing:
+    """The traces of a stage's folder by their keys; a finished one goes before a partial one."""
+
+    def __init__(self, out: Path) -> None:
+        self._finished, self._spare = out / "traces.jsonl", out / "traces.spare.jsonl"
+        self._partials = sorted(out.glob("traces.partial*.jsonl"))
+        self._places: dict[Key, tuple[Path, int]] = {}  # file, offset in bytes
+        self.failed: set[Key] = set()
+        for path in (self._finished, *self._partials, self._spare):
+            if path.exists():
+                for trace, at in _whole_lines(path):
+                    if _key(trace) not in self:
+                        self.add(trace, path, at)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._places
+
+    def add(self, trace: Trace, path: Path, at: int) -> None:
+        """Take note of a trace that stands in `path`, `at` bytes from its beginning."""
+        key = _key(trace)
+        self._places[key] = (path, at)
+        if trace.finish_reason is FinishReason.ERROR:
+            self.failed.add(key)
+        if path not in (self._finished, self._spare, *self._partials):
+            self._partials.append(path)
+
+    def trace(self, key: Key) -> Trace:
+        """One trace, read again."""
+        with self._lines() as line:
+            return from_json(Trace, json.loads(line(key)))
+
+    def finish(self, keys: Sequence[Key]) -> None:
+        """Write the result. A crash between any two of these steps loses nothing: until the result stands, the spare
+        file keeps what it held, and the partial files go last.
+        """
+        asked = dict.fromkeys(keys)
+        spare = [key for key, (path, _) in self._places.items() if key not in asked or path == self._spare]
+        with self._lines() as line:
+            if spare or self._spare.exists():
+                with atomic_file(self._spare) as file:
+                    file.writelines(map(line, spare))
+            with atomic_file(self._finished) as file:
+                file.writelines(map(line, asked))
+        for path in self._partials:
+            path.unlink()
+
+    @contextmanager
+    def _lines(self) -> Iterator[Callable[[Key], bytes]]:
+        """Inside the block: a function that gives a trace's line. The files may be replaced meanwhile."""
+        with ExitStack() as stack:
+            paths = dict.fromkeys(path for path, _ in self._places.values())
+            files = {path: stack.enter_context(path.open("rb")) for path in paths}
+
+            def line(key: Key) -> bytes:
+                path, at = self._places[key]
+                if files[path].tell() != at:
+                    files[path].seek(at)
+                return files[path].readline()
+
+            yield line
 
 
-def _partials(out: Path) -> list[Path]:
-    return sorted(out.glob("traces.partial*.jsonl"))
+def _whole_lines(path: Path) -> Iterator[tuple[Trace, int]]:
+    """The records of a file that another process may be writing, each with its offset in bytes.
 
-
-def _whole_lines(path: Path) -> Iterator[Trace]:
-    """The records of a file that another process may be writing: a last line without its end is left alone."""
+    A last line without its end is left alone.
+    """
+    at = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
                 return
             try:
-                yield from_json(Trace, json.loads(line))
+                yield from_json(Trace, json.loads(line.decode())), at
             except ValueError as error:
                 raise DataError(
                     f"{path}:{number}: expected a Trace, found {error}; remove the line to sample it again"
                 ) from error
+            at += len(line)
 
 
 def _trace(completion: Completion, policy: str) -> Trace:
@@ -126,29 +183,17 @@ def _trace(completion: Completion, policy: str) -> Trace:
         prompt_tokens=completion.prompt_tokens,
         completion_tokens=completion.completion_tokens,
         error=completion.error,
-        prompt_id=_prompt_id(request),
+        prompt_id=_prompt_id(request.messages),
     )
 
 
-def _check(requests: Sequence[Request], standing: dict[Key, Trace], policy: str) -> None:
-    found = [standing[_key(request)] for request in requests if _key(request) in standing]
-    if len(found) < len(requests):
+def _check(keys: Sequence[Key], standing: Standing, policy: str) -> None:
+    found = [key for key in keys if key in standing]
+    if len(found) < len(keys):
         raise RunError(
-            f"expected {len(requests)} traces of {policy}, found {len(found)}: the sampler left requests unanswered; "
+            f"expected {len(keys)} traces of {policy}, found {len(found)}: the sampler left requests unanswered; "
             "run the same command to ask for the others again"
         )
-    failed = [trace for trace in found if trace.finish_reason is FinishReason.ERROR]
-    if failed:
-        progress.say(f"  {policy}: {len(failed)} of {len(found)} samples failed, the first: {failed[0].error}")
-
-
-def _finish(requests: Sequence[Request], standing: dict[Key, Trace], out: Path) -> None:
-    """Write the result; a crash between any two of these steps loses nothing, for the partial files go last."""
-    spare = out / "traces.spare.jsonl"
-    asked = dict.fromkeys(_key(request) for request in requests)
-    unasked: Iterable[Trace] = [trace for key, trace in standing.items() if key not in asked]
-    if unasked or spare.exists():
-        write_jsonl(spare, unasked)
-    write_jsonl(out / "traces.jsonl", (standing[key] for key in asked))
-    for path in _partials(out):
-        path.unlink()
+    if failed := [key for key in found if key in standing.failed]:
+        first = standing.trace(failed[0]).error
+        progress.say(f"  {policy}: {len(failed)} of {len(found)} samples failed, the first: {first}")

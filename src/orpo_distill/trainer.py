@@ -23,13 +23,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from orpo_distill.checkpoints import damaged, seal, sweep
 from orpo_distill.component import blamed, type_name
-from orpo_distill.errors import OrpoDistillError, RunError, TrainingError
-from orpo_distill.groups import Row, collate, micro_batches
+from orpo_distill.errors import OrpoDistillError, RunError, TrainingError, ran_out_of_memory
+from orpo_distill.groups import Row
 from orpo_distill.interrupt import Stop
 from orpo_distill.models import save_checkpoint
 from orpo_distill.objectives import Objective
+from orpo_distill.packing import collate, micro_batches, packed_tokens
+from orpo_distill.progress import say
 from orpo_distill.records import derive_seed, write_text
-from orpo_distill.scoring import picks_positions, score
+from orpo_distill.scoring import prepare, score
 
 CHECKPOINTS_KEPT = 2
 
@@ -42,7 +44,7 @@ class Course:
     first_step: int
     steps_per_round: int
     objective: Objective
-    pairs_per_batch: int
+    tokens_per_batch: int
     log: Path  # one JSON line a step
 
     @property
@@ -77,9 +79,8 @@ def run(
         trainer = GroupTrainer(model, tokenizer, args, course, watch)
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     except (RuntimeError, MemoryError) as error:
-        words = ("out of memory", "can't allocate memory", "not enough memory")  # accelerators, Linux, Windows
-        if isinstance(error, MemoryError) or any(word in str(error) for word in words):
-            raise out_of_memory(trainer.under_way if trainer else (), course.pairs_per_batch) from error
+        if ran_out_of_memory(error):
+            raise out_of_memory(trainer.under_way if trainer else (), course.tokens_per_batch) from error
         raise
 
 
@@ -92,7 +93,10 @@ class GroupTrainer(Trainer):
         self.add_callback(_Flow(self, watch))
         self.course = course
         self.tokenizer = tokenizer
-        self._picks_positions = picks_positions(model)
+        longest = max((row for step in course.steps for row in step), key=lambda row: row.length)
+        route = prepare(model, [longest], bool(args.activation_checkpointing))
+        for reason in route.reasons if args.process_index == 0 else ():
+            say(f"  {type(model).__name__}: {reason}; training is right, but slower and larger")
         self.under_way: Sequence[Row] = ()  # the rows of the micro-batch in memory
         self._step: _Step
         self._pending: list[_Step] = []  # steps not yet in the log
@@ -114,16 +118,15 @@ class GroupTrainer(Trainer):
         torch.manual_seed(derive_seed(self.args.seed, "dropout", number, self.args.process_index))
         model.train()
         rows = self.course.rows(number)
-        batches = micro_batches(rows, self.course.pairs_per_batch)
+        batches = micro_batches(rows, self.course.tokens_per_batch, world)
         own = batches[self.args.process_index :: world]
-        # Every process does the same number of passes, because each of them is waited for. Spare ones weigh nothing.
-        spare = -(-len(batches) // world) - len(own)
         self._step = _Step(number, rows, self._get_learning_rate())
-        for place, batch in enumerate([*own, *batches[:spare]], start=1):
-            last = place == len(own) + spare
+        for place, batch in enumerate(own, start=1):
+            last = place == len(own)
             self.accelerator.gradient_state._set_sync_gradients(last)
             with nullcontext() if last else self.accelerator.no_sync(model):
-                self._pass(model, batch, counts=place <= len(own))
+                # Every process does the same number of passes, for each is waited for. One to spare weighs nothing.
+                self._pass(model, batch or batches[0], counts=bool(batch))
         mean: Tensor = self._step.loss_sum / len(rows)
         return mean * world  # transformers averages it over processes
 
@@ -131,7 +134,7 @@ class GroupTrainer(Trainer):
         """Forward and backward of a micro-batch. The gradient is divided once, by the step's number of pairs."""
         step, objective, self.under_way = self._step, self.course.objective, rows
         batch = collate(rows, objective.scores_prompt, str(self.args.device))
-        scored = score(model, batch, self._picks_positions, step.mean_chosen_tokens(objective.scores_prompt))
+        scored = score(model, batch, step.mean_chosen_tokens(objective.scores_prompt))
         with blamed(objective):
             loss = objective(scored)
         if loss.per_pair.shape != (len(rows),):
@@ -339,20 +342,20 @@ def cut_log(log: Path, step: int) -> None:
     write_text(log, "".join(kept))
 
 
-def out_of_memory(rows: Sequence[Row], pairs_per_batch: int) -> TrainingError:
-    """The error for a micro-batch that does not fit, with the setting to lower and the longest group."""
+def out_of_memory(rows: Sequence[Row], tokens_per_batch: int) -> TrainingError:
+    """The error for a micro-batch that does not fit, with the setting to lower and the longest row."""
     if not rows:
         return TrainingError(
             "expected the student to fit into memory, found that it does not; use train.dtype: bfloat16, train.lora or "
             "a smaller student"
         )
     longest = max(rows, key=lambda row: row.length)
-    lower = f"lower train.pairs_per_batch (now {pairs_per_batch})"
-    if pairs_per_batch == 1:
+    lower = f"lower train.tokens_per_batch (now {tokens_per_batch})"
+    if len(rows) == 1:
         lower = "set train.gradient_checkpointing: true, or lower train.max_length and pairs.max_response_tokens"
     return TrainingError(
-        f"expected a micro-batch of {len(rows)} pairs to fit into memory, found that it does not; its longest group "
-        f"has {longest.length} tokens: {longest.name}; {lower}"
+        f"expected a micro-batch of {len(rows)} pairs ({packed_tokens(rows)} tokens) to fit into memory, found that it "
+        f"does not; its longest row has {longest.length} tokens: {longest.name}; {lower}"
     )
 
 

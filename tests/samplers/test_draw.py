@@ -42,6 +42,24 @@ def test_a_token_without_probability_is_never_drawn() -> None:
     assert draw(logits, chance, Decoding(temperature=1)).tolist() == [1, 1, 1]
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), vocabulary=st.sampled_from([1, 3, 256, 257, 1000]), share=st.floats(0, 1))
+def test_the_search_in_blocks_finds_what_one_cumulative_sum_finds(seed: int, vocabulary: int, share: float) -> None:
+    """Up to rounding: the chance lies between the sums before and after the token, which has a probability."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(4, vocabulary, generator=generator)
+    out = torch.rand(4, vocabulary, generator=generator) < share
+    out[:, torch.randint(vocabulary, (1,), generator=generator)] = False
+    logits = logits.masked_fill(out, float("-inf"))
+    chance = torch.tensor([0.0, 0.3, 0.99, 1 - 2**-53], dtype=torch.float64)
+    found = draw(logits, chance, Decoding(temperature=1))[:, None]
+    p = logits.double().softmax(-1)
+    after = p.cumsum(-1).gather(1, found)[:, 0]
+    here = p.gather(1, found)[:, 0]
+    assert (here > 0).all()
+    assert (after - here <= chance + 1e-6).all() and (chance <= after + 1e-6).all()
+
+
 def test_temperature_zero_is_greedy() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
     assert draw(logits, torch.tensor([0.99, 0.99], dtype=torch.float64), Decoding(temperature=0)).tolist() == [1, 0]

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from orpo_distill.errors import ModelError
 from orpo_distill.models import load_model, load_tokenizer
 from orpo_distill.records import FinishReason, Message
 from orpo_distill.samplers import Completion, Decoding, Request
-from orpo_distill.samplers.decode import Job, Rules, decode
+from orpo_distill.samplers.cache import manages
+from orpo_distill.samplers.decode import SEATS, Job, Rules, decode
 from orpo_distill.samplers.generate import decode_by_generate
 from orpo_distill.samplers.hf import HF, Engine
 from orpo_distill.samplers.prompts import encode_prompt
@@ -241,6 +242,59 @@ def test_every_combination_of_rows_gives_the_same_texts(tmp_path: Path) -> None:
     expected = complete(folder, requests, decoding, rows=1)
     for rows in (2, 6, 20):
         assert complete(folder, requests, decoding, rows=rows) == expected
+
+
+def test_prompts_of_any_length_and_more_samples_than_seats(tmp_path: Path) -> None:
+    """Long prompts leave before short ones join, and one prompt's samples need two places in the cache."""
+    model = load_model(str(save_tiny_checkpoint(tmp_path, vocab="abc", seed=5)))
+    prompts = [tuple(4 + (7 * n + n // 5) % 3 for n in range(length)) for length in (150, 90, 20, 2, 1)]
+    asked = [*prompts, *(prompts[3] for _ in range(SEATS))]
+    jobs = [Job(number, prompt, number, 70 if number % 3 else 20) for number, prompt in enumerate(asked)]
+    rules = Rules(Decoding(temperature=1), ends=(2,))
+    expected = sorted(decode(model, jobs, rules, 1), key=lambda drawn: drawn.index)
+    for rows in (2, 7, 64):
+        assert sorted(decode(model, jobs, rules, rows), key=lambda drawn: drawn.index) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("gemma2", {"sliding_window": 8, "attn_logit_softcapping": 0.5}),
+        ("mistral", {"sliding_window": 8}),
+        ("olmo2", {}),
+    ],
+)
+def test_greedy_equals_generate_with_capped_and_windowed_attention(kind: str, options: dict[str, object]) -> None:
+    model = random_model(kind, **options)
+    assert manages(model)
+    jobs = [Job(number, tuple(range(5, 15 + 4 * number)), number, 30) for number in range(3)]
+    for drawn in decode(model, jobs, Rules(GREEDY, ends=()), 8):
+        prompt = torch.tensor([jobs[drawn.index].prompt])
+        mask = torch.ones_like(prompt)
+        output = model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=30, pad_token_id=0)
+        assert drawn.tokens[: output.shape[1] - prompt.shape[1]] == output[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}),  # sinks: weight that goes to no token
+        ("llama4_text", {}),  # attention in chunks
+        ("bloom", {}),  # positions inside attention
+    ],
+)
+def test_other_attention_is_left_to_generate(kind: str, options: dict[str, object]) -> None:
+    assert not manages(random_model(kind, **options))
+
+
+def random_model(kind: str, **options: object) -> torch.nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    heads = {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": CONTEXT}
+    ids = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(kind, **sizes, **heads, **ids, initializer_range=0.3, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
 
 
 def test_a_missing_model_is_a_model_error(tmp_path: Path) -> None:

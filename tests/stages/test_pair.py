@@ -179,6 +179,17 @@ def test_the_response_limit_is_in_the_students_tokens(world: World) -> None:
     assert world.dropped == {"teacher/p1/1": "too_long", "student-0/p1/0": "too_long"}
 
 
+@pytest.mark.parametrize("limit", [3, 6, 9, 12, 15])
+def test_a_text_that_fits_in_characters_is_not_counted_and_one_that_may_not_is(world: World, limit: int) -> None:
+    """One token a word here; the text of 11 bytes that is not ASCII could have more tokens than characters."""
+    texts = ["one two six", "a b c d e f", "élan vital", "antidisestablishment", "a b c d e f g h i j k l m n o p"]
+    world.sampled("teacher", "teacher", {"p1": [f"c:{text}" for text in texts]})
+    world.sampled("initial", "student-0", {"p1": ["w:x", "w:y"]})
+    world.run(max_response_tokens=limit, rouge_l_max=1.0)
+    too_long = {f"teacher/p1/{index}" for index, text in enumerate(texts) if len(text.split()) > limit}
+    assert {name for name, reason in world.dropped.items() if reason == "too_long"} == too_long
+
+
 def test_a_too_long_trace_does_not_shadow_a_similar_shorter_one(world: World) -> None:
     """Ten words and the first nine of them have F1 = 18 / 19: only one of them may stay, and ten do not fit."""
     ten = " ".join(f"w{i}" for i in range(10))

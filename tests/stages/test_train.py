@@ -111,9 +111,10 @@ def test_trackers_get_means_of_the_steps(student: Path, tmp_path: Path) -> None:
 def test_out_of_memory_says_what_to_lower(student: Path) -> None:
     rows = rows_of(student, ragged_pairs())
     longest = max(rows, key=lambda row: row.length)
-    for size, setting in ((8, r"lower train.pairs_per_batch \(now 8\)"), (1, "gradient_checkpointing: true")):
+    lower = r"lower train.tokens_per_batch \(now 64\)"
+    for few, setting in ((rows, lower), ([longest], "gradient_checkpointing: true")):
         with pytest.raises(TrainingError, match=setting) as caught:
-            raise out_of_memory(rows, size)
+            raise out_of_memory(few, 64)
         assert longest.name in str(caught.value) and f"{longest.length} tokens" in str(caught.value)
     assert "smaller student" in str(out_of_memory([], 8))
 

@@ -114,13 +114,13 @@ def test_too_little_memory_names_the_setting_and_the_longest_group(tmp_path: Pat
         for number, pair in enumerate(ragged_pairs(120)[:128])
     ]
     pairs = write_pairs(tmp_path / "pairs", rows)
-    what = options(folder, pairs_per_step=128, pairs_per_batch=128)
-    process = start(*command(what, pairs, tmp_path / "out", "memory=1500000000"))
+    what = options(folder, pairs_per_step=128, tokens_per_batch=1_000_000)
+    process = start(*command(what, pairs, tmp_path / "out", "memory=1000000000"))
     _, errors = process.communicate()
     assert process.returncode == 1, errors.decode()
-    assert "expected a micro-batch of 128 pairs to fit into memory" in errors.decode()
-    assert "lower train.pairs_per_batch (now 128)" in errors.decode()
-    assert "its longest group has 2" in errors.decode() and "pairs.jsonl:" in errors.decode()
+    assert "expected a micro-batch of 128 pairs (36210 tokens) to fit into memory" in errors.decode()
+    assert "lower train.tokens_per_batch (now 1000000)" in errors.decode()
+    assert "its longest row has 2" in errors.decode() and "pairs.jsonl:" in errors.decode()
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_two_processes_equal_one(tmp_path: Path, problems: int) -> None:
     """3 micro-batches a step do not divide by 2; with 1 problem the second process has nothing to do."""
     model = save_tiny_checkpoint(tmp_path / "model")
     pairs = write_pairs(tmp_path / "pairs", ragged_pairs(problems))
-    what = options(model, (1, 2, 2), pairs_per_step=5, pairs_per_batch=2)
+    what = options(model, (1, 2, 2), pairs_per_step=5, tokens_per_batch=80)
     run_train(what, pairs, tmp_path / "one")
     # Without a GPU `--multi_gpu` means two processes on the CPU; `--cpu` would start one, whatever the number.
     launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")

@@ -98,6 +98,22 @@ def test_more_samples_extend_a_finished_stage(tmp_path: Path) -> None:
     assert metrics["traces"] == 12
 
 
+@pytest.mark.parametrize("lost", [0, 1, 100, 400, 700])
+def test_an_extension_that_was_broken_off_ends_the_same(tmp_path: Path, lost: int) -> None:
+    """The partial file holds the earlier verdicts and behind them the new ones, of which the last bytes are lost."""
+    verify(OPTIONS, make(tmp_path, samples=2), tmp_path / "out")
+    earlier = (tmp_path / "out" / "verdicts.jsonl").read_bytes()
+    (tmp_path / "whole").mkdir()
+    inputs = make(tmp_path, samples=4)
+    metrics = verify(OPTIONS, inputs, tmp_path / "whole")
+    whole = (tmp_path / "whole" / "verdicts.jsonl").read_bytes()
+    new = b"".join(line for line in whole.splitlines(keepends=True) if line not in earlier)
+    (tmp_path / "out" / "verdicts.jsonl").unlink()
+    (tmp_path / "out" / "verdicts.partial.jsonl").write_bytes((earlier + new)[: len(earlier + new) - lost])
+    assert verify(OPTIONS, inputs, tmp_path / "out") == metrics
+    assert (tmp_path / "out" / "verdicts.jsonl").read_bytes() == whole
+
+
 def test_verdicts_of_traces_that_are_gone_are_dropped(tmp_path: Path) -> None:
     verify(OPTIONS, make(tmp_path, samples=4), tmp_path / "out")
     metrics = verify(OPTIONS, make(tmp_path, samples=4, first="Answer:"), tmp_path / "out")

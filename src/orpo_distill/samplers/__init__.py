@@ -63,10 +63,16 @@ class Sampler(Component):
         "hf": "orpo_distill.samplers.hf:HF",
         "recorded": "orpo_distill.samplers.recorded:Recorded",
         "scripted": "orpo_distill.samplers.scripted:Scripted",
+        "vllm": "orpo_distill.samplers.vllm:VLLM",
     }
 
+    @property
+    def devices(self) -> int:
+        """The GPUs that each process of the engine takes, where there are some."""
+        return 1
+
     def check(self) -> None:
-        """Raise DataError for options that cannot work, such as a missing file; before any work is done."""
+        """Raise DataError or ConfigError for options that cannot work, such as a missing file, before any work."""
 
     @abstractmethod
     def open(self, model: str) -> AbstractContextManager[Generate]:

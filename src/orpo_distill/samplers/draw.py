@@ -6,12 +6,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from orpo_distill.samplers import Decoding
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 FIRST_CANDIDATES = 256  # how many of the likeliest tokens top-p looks at before it takes more
-ELEMENTS = 1 << 25  # of a (rows, vocabulary) block that is worked on at once: bounds the memory, 8 bytes each
+BLOCK = 256  # tokens whose probabilities are added up before the search looks into one of the sums
+ELEMENTS = {"cpu": 1 << 20}  # of a (rows, vocabulary) part that is worked on at once: a part stays in a CPU's cache
+MOST_ELEMENTS = 1 << 25  # elsewhere: bounds the memory
 
 
 def uniforms(seeds: NDArray[np.uint64], steps: NDArray[np.uint64]) -> NDArray[np.float64]:
@@ -29,23 +32,30 @@ def uniforms(seeds: NDArray[np.uint64], steps: NDArray[np.uint64]) -> NDArray[np
 
 
 def draw(logits: Tensor, chance: Tensor, decoding: Decoding) -> Tensor:
-    """The next token of every row (N,) from `logits` (N, V) float32 and `chance` (N,) float64 in [0, 1).
+    """The next token of every row (N,) from `logits` (N, V) and `chance` (N,) float64 in [0, 1).
 
     The token is where the cumulative probability, in the vocabulary's order, first exceeds `chance`: rounding of size
     e in the logits changes a token with a probability of about e. Temperature 0 takes the likeliest token.
     """
     if decoding.temperature == 0:
         return logits.argmax(-1)
-    block = max(1, ELEMENTS // logits.shape[1])
+    block = max(1, ELEMENTS.get(logits.device.type, MOST_ELEMENTS) // logits.shape[1])
     starts = range(0, len(logits), block)
-    return torch.cat([_draw(logits[at : at + block], chance[at : at + block], decoding) for at in starts])
+    return torch.cat([_draw(logits[at : at + block].float(), chance[at : at + block], decoding) for at in starts])
 
 
 def _draw(logits: Tensor, chance: Tensor, decoding: Decoding) -> Tensor:
-    probabilities = kept(logits, decoding).double().cumsum(-1)
-    target = (chance * probabilities[:, -1])[:, None]
-    found = torch.searchsorted(probabilities, target, right=True)[:, 0]
-    return found.clamp(max=logits.shape[1] - 1)
+    """Sums of blocks first, then a search inside the block where the chance falls."""
+    weights = kept(logits, decoding)
+    blocks = pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
+    sums = blocks.sum(-1).double().cumsum(-1)
+    target = (chance * sums[:, -1])[:, None]
+    block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[1] - 1)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)
+    last = inside[:, -1:]  # rounding must not lead past it
+    rest = torch.minimum(target - before, torch.nextafter(last, torch.zeros_like(last)))
+    return (block * BLOCK + torch.searchsorted(inside, rest, right=True))[:, 0]
 
 
 def kept(logits: Tensor, decoding: Decoding) -> Tensor:

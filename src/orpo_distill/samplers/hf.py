@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import PositiveInt
 
@@ -13,14 +12,13 @@ from orpo_distill import progress
 from orpo_distill.component import SPEED_ONLY
 from orpo_distill.errors import missing_extra
 from orpo_distill.models import Dtype, load_model, load_tokenizer
-from orpo_distill.records import FinishReason
 from orpo_distill.samplers import Completion, Decoding, Generate, Request, Sampler
-from orpo_distill.samplers.prompts import encode_prompt, end_of_turn
+from orpo_distill.samplers.tokens import completion, encode_requests, end_tokens, failed, plain_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from orpo_distill.samplers.decode import Drawn, Job, Stops
+    from orpo_distill.samplers.decode import Stops
 
 MARGIN = 4  # tokens more than the bytes of the longest stop text that are decoded to look for it
 
@@ -65,48 +63,30 @@ class Engine:
         from orpo_distill.samplers.cache import manages
 
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
-        self.ends = end_tokens(model, tokenizer)
+        self.ends = end_tokens(model.generation_config, tokenizer)
         self.own_loop = manages(model)
         if not self.own_loop:
-            progress.say(f"  {type(model).__name__} keeps its own cache: sampling through `generate`, which is slower")
+            progress.say(f"  {type(model).__name__} needs its own cache: sampling through `generate`, which is slower")
 
     def __call__(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Completion]:
         """Every request's completion, in any order. Prompts that leave no room in the model's context are errors."""
         from orpo_distill.samplers.decode import Job, Rules, decode
         from orpo_distill.samplers.generate import decode_by_generate
 
-        asked = list(requests)
         context = context_length(self.model)
-        encoded = {messages: tuple(encode_prompt(self.tokenizer, messages)) for messages in {r.messages for r in asked}}
-        jobs: dict[int, Job] = {}
-        for index, request in enumerate(asked):
-            prompt = encoded[request.messages]
-            room = decoding.max_new_tokens if context is None else min(decoding.max_new_tokens, context - len(prompt))
-            if prompt and room > 0:
-                jobs[index] = Job(index, prompt, request.seed, room)
-            else:
-                found = f"{len(prompt)} tokens in the prompt (the model takes 1 to {context})"
-                yield Completion(request, "", FinishReason.ERROR, len(prompt), 0, found)
+        asked = encode_requests(self.tokenizer, requests, decoding.max_new_tokens, context)
+        yield from (failed(one, one.error) for one in asked if one.error)
+        jobs = [Job(i, one.prompt, one.request.seed, one.room) for i, one in enumerate(asked) if not one.error]
         if not jobs:
             return
         rules = Rules(decoding, self.ends, self._stops(decoding))
         run = decode if self.own_loop else decode_by_generate
-        for drawn in run(self.model, list(jobs.values()), rules, self.rows):
-            yield self._completion(asked[drawn.index], len(jobs[drawn.index].prompt), drawn, decoding)
-
-    def _completion(self, request: Request, prompt: int, drawn: Drawn, decoding: Decoding) -> Completion:
-        if drawn.error:
-            return Completion(request, "", FinishReason.ERROR, prompt, 0, drawn.error)
-        text, tokens, stopped = self._text(drawn.tokens), len(drawn.tokens), drawn.stopped
-        if places := [place for stop in decoding.stop if (place := text.find(stop)) >= 0]:
-            text, stopped = text[: min(places)], True
-            tokens = bisect_left(
-                range(tokens), True, key=lambda n: any(stop in self._text(drawn.tokens[:n]) for stop in decoding.stop)
-            )
-        return Completion(request, text, FinishReason.STOP if stopped else FinishReason.LENGTH, prompt, tokens)
-
-    def _text(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for drawn in run(self.model, jobs, rules, self.rows):
+            one = asked[drawn.index]
+            if drawn.error:
+                yield failed(one, drawn.error)
+            else:
+                yield completion(self.tokenizer, one, drawn.tokens, drawn.stopped, decoding)
 
     def _stops(self, decoding: Decoding) -> Stops | None:
         from orpo_distill.samplers.decode import Stops
@@ -115,16 +95,9 @@ class Engine:
             return None
 
         def found(tails: list[list[int]]) -> list[bool]:
-            return [any(stop in self._text(tail) for stop in decoding.stop) for tail in tails]
+            return [any(stop in plain_text(self.tokenizer, tail) for stop in decoding.stop) for tail in tails]
 
         return Stops(found, MARGIN + max(len(stop.encode()) for stop in decoding.stop))
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token that ends a text: of the generation config, the tokenizer, and the chat template's end of a turn."""
-    own: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
-    found = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, end_of_turn(tokenizer)]
-    return tuple(sorted({token for token in found if token is not None}))
 
 
 def context_length(model: PreTrainedModel) -> int | None:

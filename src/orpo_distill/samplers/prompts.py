@@ -40,11 +40,16 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """The prompt's token ids. A chat template writes its own BOS; a plain prompt gets the tokenizer's, never an EOS."""
-    text = render(tokenizer, messages)
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return encode_prompts(tokenizer, [messages])[0]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
+    """The token ids of each prompt, as `encode_prompt` gives them, in one call of the tokenizer."""
+    texts = [render(tokenizer, messages) for messages in prompts]
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     if not tokenizer.chat_template and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        return [tokenizer.bos_token_id, *ids]
-    return ids
+        return [[tokenizer.bos_token_id, *ids] for ids in encoded]
+    return encoded
 
 
 def end_of_response(tokenizer: PreTrainedTokenizerBase) -> int | None:

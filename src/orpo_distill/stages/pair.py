@@ -76,7 +76,6 @@ class _Case:
 
     problem: Problem
     prompt: tuple[Message, ...]
-    prompt_tokens: int
     chosen: Sequence[Judged]
     latest: Sequence[Judged]  # what the coin gave to the latest student
     others: Sequence[Judged]  # the rest of the rejected side's pool
@@ -140,16 +139,18 @@ def pair(options: PairOptions, inputs: Mapping[str, Path], out: Path) -> dict[st
     if not total:
         raise DataError(f"expected problems in {problems}, found none; check the task's train split")
     tokenizer = _load_tokenizer(options)
-    cases = _cases(options, inputs, tokenizer)
+    cases = _cases(options, inputs)
     with (
         atomic_file(out / "pairs.jsonl") as pair_file,
         atomic_file(out / "dropped.jsonl") as dropped_file,
         progress("pairs", total) as advance,
     ):
         while block := list(islice(cases, BLOCK)):
-            counts = _token_counts(tokenizer, _texts_to_count(block))
-            for case in block:
-                pairs, dropped = _pair_case(options, case, counts, tally)
+            rooms = [options.max_length - tokens - 1 for tokens in _prompt_tokens(tokenizer, block)]  # 1: its end
+            sieves = [_Sieve(options, case, room) for case, room in zip(block, rooms, strict=True)]
+            counts = _token_counts(tokenizer, (text for sieve in sieves for text in sieve.uncounted()))
+            for sieve in sieves:
+                pairs, dropped = _pair_case(options, sieve, counts, tally)
                 pair_file.writelines((to_json(row) + "\n").encode() for row in pairs)
                 dropped_file.writelines((to_json(row) + "\n").encode() for row in dropped)
             advance(len(block))
@@ -163,9 +164,13 @@ def _load_tokenizer(options: PairOptions) -> PreTrainedTokenizerBase:
     return load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
 
 
-def _cases(options: PairOptions, inputs: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Case]:
-    from orpo_distill.samplers.prompts import encode_prompt
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, block: Sequence[_Case]) -> list[int]:
+    from orpo_distill.samplers.prompts import encode_prompts
 
+    return [len(tokens) for tokens in encode_prompts(tokenizer, [case.prompt for case in block])]
+
+
+def _cases(options: PairOptions, inputs: Mapping[str, Path]) -> Iterator[_Case]:
     streams = {
         name: JudgedTraces(inputs[name], inputs[f"{name}-verdicts"])
         for name in ("teacher", "initial", "latest")
@@ -174,7 +179,7 @@ def _cases(options: PairOptions, inputs: Mapping[str, Path], tokenizer: PreTrain
     for problem in read_jsonl(inputs["problems"] / "problems.jsonl", Problem):
         sampled = {name: stream.take(problem.id) for name, stream in streams.items()}
         prompt = options.task.messages(problem)
-        case = _Case(problem, prompt, len(encode_prompt(tokenizer, prompt)), sampled["teacher"], (), (), ())
+        case = _Case(problem, prompt, sampled["teacher"], (), (), ())
         yield _with_negatives(options, case, sampled)
     for stream in streams.values():
         stream.finish()
@@ -218,13 +223,6 @@ def _fault(sample: Judged, side: Side) -> str:
     return "truncated" if side == "chosen" and sample.cut else ""
 
 
-def _texts_to_count(block: Sequence[_Case]) -> Iterator[str]:
-    for case in block:
-        yield from (sample.text for sample in case.chosen if not _fault(sample, "chosen"))
-        for samples in (case.latest, case.others, case.stand_ins):
-            yield from (sample.text for sample in samples if not _fault(sample, "rejected"))
-
-
 def _token_counts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, int]:
     """Length of each text in the student's tokens, without special tokens."""
     unique = list(dict.fromkeys(texts))
@@ -237,20 +235,33 @@ def _token_counts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> d
 
 
 class _Sieve:
-    """Filters the traces of one case, and remembers what fell through."""
+    """Filters the traces of one case, for whose responses `room` tokens are left, and remembers what fell through."""
 
-    def __init__(self, options: PairOptions, case: _Case, counts: Mapping[str, int]) -> None:
-        self.room = options.max_length - case.prompt_tokens - 1  # tokens left for a response; 1 for end of sequence
-        self.longest = min(self.room, options.max_response_tokens or self.room)
+    def __init__(self, options: PairOptions, case: _Case, room: int) -> None:
+        self.case, self.room = case, room
+        self.longest = min(room, options.max_response_tokens or room)
         self.dropped: list[Dropped] = []
-        self._options, self._case, self._counts = options, case, counts
+        self.counts: Mapping[str, int] = {}  # tokens of the texts that are `uncounted`
+        self._options = options
+
+    def uncounted(self) -> Iterator[str]:
+        """The texts whose tokens must be counted to know whether they fit.
+
+        A text of ASCII has no more tokens than characters, and one more where a tokenizer begins with a space.
+        """
+        case, surely = self.case, self.longest if self._options.min_response_tokens == 1 else 0
+        pool = (*case.latest, *case.others, *case.stand_ins)
+        for side, samples in zip(SIDES, (case.chosen, pool), strict=True):
+            for sample in samples:
+                if not _fault(sample, side) and not (0 < len(sample.text) < surely and sample.text.isascii()):
+                    yield sample.text
 
     def keep(self, samples: Sequence[Judged], side: Side, reasons: Iterable[str]) -> list[Judged]:
         """The samples whose reason is ""; the others are dropped for theirs."""
         kept = []
         for sample, reason in zip(samples, reasons, strict=True):
             if reason:
-                self.dropped.append(Dropped(self._case.problem.id, sample.trace.id, side, reason))
+                self.dropped.append(Dropped(self.case.problem.id, sample.trace.id, side, reason))
             else:
                 kept.append(sample)
         return kept
@@ -269,19 +280,19 @@ class _Sieve:
 
     def chosen(self) -> list[Judged]:
         """The chosen side: at most `max_chosen`, in sample order."""
-        kept = self.diverse(self.usable(self._case.chosen, "chosen"), "chosen")
+        kept = self.diverse(self.usable(self.case.chosen, "chosen"), "chosen")
         most = self._options.max_chosen or len(kept)
         return self.keep(kept, "chosen", ("" if index < most else "over_max_chosen" for index in range(len(kept))))
 
     def rejected(self) -> tuple[list[Judged], bool]:
         """The rejected side, in order of sample index, and whether initial traces stood in for the latest's."""
-        latest = self.usable(self._case.latest, "rejected")
-        fell_back = bool(self._case.stand_ins) and not latest
-        pool = [*(self._case.stand_ins if fell_back else ()), *self._case.others]
+        latest = self.usable(self.case.latest, "rejected")
+        fell_back = bool(self.case.stand_ins) and not latest
+        pool = [*(self.case.stand_ins if fell_back else ()), *self.case.others]
         return self.diverse([*latest, *self.usable(pool, "rejected")], "rejected"), fell_back
 
     def _length_fault(self, sample: Judged) -> str:
-        tokens = self._counts[sample.text]
+        tokens = self.counts.get(sample.text, 1)  # one that was not counted fits
         if tokens < self._options.min_response_tokens:
             return "too_short"
         return "too_long" if tokens > self.longest else ""
@@ -314,10 +325,10 @@ def pair_indices(
 
 
 def _pair_case(
-    options: PairOptions, case: _Case, counts: Mapping[str, int], tally: _Tally
+    options: PairOptions, sieve: _Sieve, counts: Mapping[str, int], tally: _Tally
 ) -> tuple[list[Pair], list[Dropped]]:
     """The pairs of one problem, and what fell out of it. Counts both."""
-    sieve = _Sieve(options, case, counts)
+    case, sieve.counts = sieve.case, counts
     chosen = sieve.chosen()
     rejected, fell_back = sieve.rejected()
     sides = len(chosen), len(rejected) if options.needs_rejected else 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +46,7 @@ def sample(options: SampleOptions, inputs: Mapping[str, Path], out: Path) -> dic
     ]
     model = options.model or str(inputs["model"] / "model")
     sample_traces(options.sampler, model, requests, options.decoding, options.policy, out, options.shard)
-    return {} if options.shard else _metrics(list(read_jsonl(out / "traces.jsonl", Trace)))
+    return {} if options.shard else _metrics(read_jsonl(out / "traces.jsonl", Trace))
 
 
 def _requests(options: SampleOptions, problem: Problem) -> list[Request]:
@@ -61,14 +61,21 @@ def _requests(options: SampleOptions, problem: Problem) -> list[Request]:
     ]
 
 
-def _metrics(traces: list[Trace]) -> dict[str, Any]:
-    reasons = Counter(trace.finish_reason for trace in traces)
-    lengths = [trace.completion_tokens for trace in traces if trace.completion_tokens is not None]
+def _metrics(traces: Iterable[Trace]) -> dict[str, Any]:
+    problems: set[str] = set()
+    reasons: Counter[FinishReason] = Counter()
+    prompt_tokens = completion_tokens = counted = 0
+    for trace in traces:
+        problems.add(trace.problem_id)
+        reasons[trace.finish_reason] += 1
+        prompt_tokens += trace.prompt_tokens or 0
+        completion_tokens += trace.completion_tokens or 0
+        counted += trace.completion_tokens is not None
     return {
-        "problems": len({trace.problem_id for trace in traces}),
-        "traces": len(traces),
+        "problems": len(problems),
+        "traces": reasons.total(),
         "finish_reasons": {reason.value: reasons[reason] for reason in FinishReason},
-        "prompt_tokens": sum(trace.prompt_tokens or 0 for trace in traces),
-        "completion_tokens": sum(lengths),
-        "mean_completion_tokens": sum(lengths) / len(lengths) if lengths else None,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "mean_completion_tokens": completion_tokens / counted if counted else None,
     }

@@ -139,7 +139,7 @@ def _course(
         first_step=(options.first_round - 1) * steps_per_round,
         steps_per_round=steps_per_round,
         objective=options.objective,
-        pairs_per_batch=options.train.pairs_per_batch,
+        tokens_per_batch=options.train.tokens_per_batch,
         log=out / "log.jsonl",
     )
     counts = {

@@ -1,10 +1,14 @@
-"""Stage: one verdict for every trace. What was verified before is kept; only new traces are judged."""
+"""Stage: one verdict for every trace. What was verified before is kept; only new traces are judged.
+
+Verdicts are appended to a partial file in the order of the traces. Where nothing had been verified before, that file is
+the result; else the earlier verdicts are put in their places among the new ones.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from orpo_distill.records import (
     atomic_file,
     read_jsonl,
     repair_torn_line,
+    sync_folder,
 )
 from orpo_distill.tasks import Task
 from orpo_distill.verification import verify_all
@@ -41,21 +46,29 @@ def verify(options: VerifyOptions, inputs: Mapping[str, Path], out: Path) -> dic
     """Write `verdicts.jsonl`: one verdict a trace, in the order of the traces. Returns counts by outcome.
 
     Reads `problems.jsonl` in inputs["problems"] and `traces.jsonl` in inputs["traces"]. In memory are the problems and
-    the traces' ids, never their texts. Raises DataError for a trace without its problem.
+    the ids of earlier verdicts, never a trace. Raises DataError for a trace without its problem.
     """
     problems = {problem.id: problem for problem in read_jsonl(inputs["problems"] / "problems.jsonl", Problem)}
     traces = inputs["traces"] / "traces.jsonl"
     partial = _take_up(out)
-    ids = {trace_id: None for trace_id, _, _ in _lines(traces, "id")}  # a set in the order of the traces
-    known = {trace_id for trace_id, _, _ in _lines(partial, "trace_id") if trace_id in ids}
-    with JsonlAppender(partial) as results, progress("verify", len(ids), len(known)) as advance:
+    known = dict(_lines(partial, "trace_id"))
+    with traces.open("rb") as lines:
+        total = sum(1 for _ in lines)
+    done = sum(trace_id in known for trace_id, _ in _lines(traces, "id")) if known else 0
+    counts: Counter[str] = Counter()
+    with JsonlAppender(partial) as results, progress("verify", total, done) as advance:
         items = _items(traces, problems, known)
         for verdict in verify_all(options.task.judge(), items, options.verify.timeout, options.verify.processes):
             results.append(verdict)
+            counts[verdict.outcome] += 1
             advance(1)
-    counts = _finish(partial, ids, out / FINISHED)
-    partial.unlink()
-    return {"traces": len(ids), **{outcome.value: counts[outcome.value] for outcome in Outcome}}
+    if known:
+        counts = _merge(partial, known, traces, out / FINISHED)
+        partial.unlink()
+    else:
+        partial.replace(out / FINISHED)
+        sync_folder(out)
+    return {"traces": total, **{outcome.value: counts[outcome.value] for outcome in Outcome}}
 
 
 def _take_up(out: Path) -> Path:
@@ -68,20 +81,19 @@ def _take_up(out: Path) -> Path:
     return partial
 
 
-def _lines(path: Path, key: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Every line's value of `key`, its offset in bytes and its fields. Raises DataError for a line without the key."""
+def _lines(path: Path, key: str) -> Iterator[tuple[str, int]]:
+    """Every line's value of `key` and its offset in bytes. Raises DataError for a line without the key."""
     at = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line.decode())
-                yield row[key], at, row
+                yield json.loads(line.decode())[key], at
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{path}:{number}: expected a JSON object with {key!r}, found {error}") from error
             at += len(line)
 
 
-def _items(traces: Path, problems: Mapping[str, Problem], known: set[str]) -> Iterator[tuple[Problem, Trace]]:
+def _items(traces: Path, problems: Mapping[str, Problem], known: Mapping[str, int]) -> Iterator[tuple[Problem, Trace]]:
     """Every trace that has no verdict yet, with its problem."""
     for trace in read_jsonl(traces, Trace):
         if trace.id in known:
@@ -94,17 +106,20 @@ def _items(traces: Path, problems: Mapping[str, Problem], known: set[str]) -> It
         yield problems[trace.problem_id], trace
 
 
-def _finish(partial: Path, ids: Collection[str], finished: Path) -> Counter[str]:
-    """Write the verdicts in the order of `ids`, leaving out those whose trace is gone. Returns counts by outcome."""
+def _merge(partial: Path, known: Mapping[str, int], traces: Path, finished: Path) -> Counter[str]:
+    """Write the verdicts in the order of the traces, without those whose trace is gone. Returns counts by outcome.
+
+    `partial` holds the `known` ones at their offsets and then the new ones, which are in order.
+    """
     counts: Counter[str] = Counter()
-    offsets: dict[str, int] = {}
-    for trace_id, at, row in _lines(partial, "trace_id"):
-        if trace_id in ids and trace_id not in offsets:
-            offsets[trace_id] = at
-            counts[row["outcome"]] += 1
-    with partial.open("rb") as verdicts, atomic_file(finished) as file:
-        for trace_id in ids:
-            if verdicts.tell() != offsets[trace_id]:
-                verdicts.seek(offsets[trace_id])
-            file.write(verdicts.readline())
+    with partial.open("rb") as earlier, partial.open("rb") as later, atomic_file(finished) as file:
+        later.seek(max(known.values()))
+        later.readline()
+        for trace_id, _ in _lines(traces, "id"):
+            at = known.get(trace_id)
+            if at is not None and earlier.tell() != at:
+                earlier.seek(at)
+            line = (later if at is None else earlier).readline()
+            counts[json.loads(line)["outcome"]] += 1
+            file.write(line)
     return counts

@@ -30,6 +30,7 @@ _LEAD = re.compile(
     rf"{_SIGNS}(?:(?:[Oo]ptions?|[Cc]hoices?|[Ll]etter|is|are|that|therefore|thus|clearly|likely|most likely|probably"
     rf"|indeed|either|both|simply|definitely|still|actually|text|textbf|mathrm|mathbf)\b{_SIGNS})*"
 )
+_WORD = re.compile(r"[^\W_]+")
 _LETTER = re.compile(
     r"\(\s*([A-Ja-j])\s*\)|([A-J])(?=\)|[.:,;]|\s*[-–—]|[\"'”’*_`}\]$\\]|\s*$|\s+(?:because|since|as|is|which|or|and|\(|\")"
     r"|/)|([B-HJ])(?=\s)|([a-j])(?=\)|\s*[.:]?\s*$)"
@@ -91,14 +92,19 @@ _EXCLUDING = re.compile(
     r"(?:option\s+|choice\s+|be\s+)?\(?$",
     re.I,
 )
+_EXCLUDING_ENDS = (
+    *("not", "nor", "neither", "never", "eliminate", "eliminates", "exclude", "excludes", "out", "than", "unlike"),
+    *("n't", "option", "choice", "be"),
+)
 _CHOSEN = re.compile(
     r"\b(?:choose|pick|select|go with|conclude that|conclude|leaves(?: us with)?|leaving(?: us with)?"
     r"|it's|it’s|so it is|must be)\s+"
     r"(?:(?:only|us|with|the|answer|is|it)\s+)*(?:option\s+|choice\s+)?\(?$",
     re.IGNORECASE,
 )
+_CHOOSING = ("choose", "pick", "select", "go with", "conclude", "leav", "it's", "it’s", "so it is", "must be")
 _JOINT = re.compile(r"[\s,]*(?:(?:and|or|nor|&|/|,)[\s,]*)+(?:options?\s+|choices?\s+)?\(?", re.IGNORECASE)
-_CLAUSE_END = re.compile(r"[.!?](?=\s|$)|[;\n]")
+_CLAUSE_END = re.compile(r"[.!?;\n](?:(?<=[;\n])|(?=\s|$))")
 _TURN = re.compile(
     r"\b(?:wait|actually|instead|however|but|therefore|thus|hence|so|finally|conclusion|overall|rather"
     r"|second thought)\b",
@@ -163,7 +169,8 @@ def _gold(problem: Problem) -> str:
 
 def _normal(text: str) -> str:
     """Lower case words and digits only, without a leading article."""
-    return re.sub(r"^(?:the|a|an) ", "", " ".join(re.findall(r"[^\W_]+", text.lower())))
+    words = _WORD.findall(text.lower())
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
 
 
 @lru_cache(maxsize=4096)
@@ -255,16 +262,27 @@ def _mentions(text: str) -> list[Mention]:
             continue
         before = text[max(0, start - 40) : start]
         said_of = text[start - before.endswith("(") : match.end() + len(said)]
-        excluded = bool(_EXCLUDING.search(before))
-        plainly = excluded or said.startswith(_PLAINLY_WRONG)
-        affirmed = not plainly and (_affirms(said) or bool(_CHOSEN.search(before)))
+        plainly = said.startswith(_PLAINLY_WRONG) or _excludes(before)
+        affirmed = not plainly and (_affirms(said) or _chooses(before))
         rejected = not affirmed and (plainly or _rejects(said))
         found.append(Mention(letter, start, affirmed, rejected, said_of))
     return found[::-1]
 
 
+def _excludes(before: str) -> bool:
+    """Whether what stands before a letter excludes it. The last word tells most texts apart, without a search."""
+    last = before.rstrip().removesuffix("(").rstrip().lower()
+    return last.endswith(_EXCLUDING_ENDS) and _EXCLUDING.search(before) is not None
+
+
+def _chooses(before: str) -> bool:
+    lower = before.lower()
+    return any(key in lower for key in _CHOOSING) and _CHOSEN.search(before) is not None
+
+
 def _affirms(said: str) -> bool:
-    if not any(key in said for key in _AFFIRMING):
+    plain = said.replace("incorrect", "")
+    if not any(key in plain for key in _AFFIRMING):
         return False
     cue = _AFFIRMED.search(said)
     if cue is None or _REJECTED.search(said, 0, cue.start()):
@@ -282,12 +300,13 @@ def _weak(choices: tuple[str, ...], elimination: bool, text: str, cut: bool) -> 
     """Where nothing is stated behind "the answer is": "(B) is correct", "B" alone, the choice's text alone."""
     if not cut:
         mentions = _mentions(text)
+        line, sentence = last_line(text), last_sentence(text)
         reading = (
             _alone(choices, text)
             or _affirmed(choices, mentions, text)
-            or _line(choices, last_line(text))
-            or _closing(choices, text)
-            or _whole(choices, text)
+            or _line(choices, line)
+            or _closing(choices, sentence)
+            or _whole(choices, line, sentence)
             or (_remaining(choices, mentions) if elimination else None)
         )
         if reading:
@@ -348,9 +367,8 @@ def _alone(choices: tuple[str, ...], text: str) -> Reading | None:
     return Reading(letter, text) if letter and letter in LETTERS[: len(choices)] else None
 
 
-def _closing(choices: tuple[str, ...], text: str) -> Reading | None:
+def _closing(choices: tuple[str, ...], sentence: str) -> Reading | None:
     """The reading of a last sentence that ends in "so, B" or concludes with one choice's text and no other."""
-    sentence = last_sentence(text)
     if len(sentence) > LONGEST:
         return None
     match = _CLOSING.fullmatch(sentence) if any(sign in LETTERS for sign in sentence[-3:]) else None
@@ -367,10 +385,10 @@ def _closing(choices: tuple[str, ...], text: str) -> Reading | None:
     return None if within else Reading(LETTERS[named[0]], sentence)
 
 
-def _whole(choices: tuple[str, ...], text: str) -> Reading | None:
+def _whole(choices: tuple[str, ...], line: str, sentence: str) -> Reading | None:
     """The reading of a last line or concluding sentence that is a choice's own text."""
     longest = 2 * max(map(len, choices), default=0) + 40
-    for part in (last_line(text), last_sentence(text)):
+    for part in (line, sentence):
         if len(part) > longest:
             continue
         conclusion = CONCLUSION.match(part)

@@ -11,7 +11,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from orpo_distill.verifiers.numerals import NUMBER, WORD, unmarked, value_of, word_value
+from orpo_distill.verifiers.numerals import NUMBER, WORD, numbers_in, unmarked, value_of, word_value
 from orpo_distill.verifiers.quantity import NOT_PLAIN, behind_equals, checked, leading, only
 from orpo_distill.verifiers.statements import (
     CONCLUSION,
@@ -24,33 +24,16 @@ from orpo_distill.verifiers.statements import (
     last_sentence,
 )
 
+_ANNOUNCED = re.compile(r"^(?:A|a)\s*[:=]|^[=∴≈]")
+_BARE = re.compile(r"(?:[a-zA-Z]\s*=\s*)?[^a-zA-Z=]*(?:\s?[a-zA-Z%]+){0,2}")
+_DIGIT = re.compile(r"\d")
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*|__([^_\n]+)__")
 _POSTSCRIPT = re.compile(
-    r"(?:\n[\s*_#>-]*(?:Step \d+[:.)]\s*)?|(?<=[.!?] ))(?:\*\*)?(?:Notes?\b|Verif\w+|Double[- ]check"
+    r"[\n.!?](?:(?<=\n)[\s*_#>-]*(?:Step \d+[:.)]\s*)?|(?<=[.!?]) )(?:\*\*)?(?:Notes?\b|Verif\w+|Double[- ]check"
     r"|Check(?:ing)?(?: (?:the|our|my) \w+)?:|Let(?:'s|’s| us| me) (?:verify|check|double)"
     r"|(?:To|We can) (?:verify|check|double[- ]check)\b|(?:Brief )?Explanation:|Reasoning:|Confidence\b|Let me know\b"
     r"|I hope\b|Hope\b|Feel free\b|Is there anything\b|If you (?:have|need)\b|Please\b|(?:Do|Would) you\b|Thanks?\b"
     r"|Good luck\b|This (?:assumes|matches|confirms|checks)\b|I'm \w+ sure\b)"
-)
-_SAID_AFTER = (
-    "Note",
-    "erif",
-    "check",
-    "Check",
-    "xplanation",
-    "Reasoning",
-    "Confidence",
-    "et me",
-    "ope",
-    "Feel",
-    "Is there",
-    "If you",
-    "Please",
-    "you",
-    "hank",
-    "luck",
-    "This ",
-    " sure",
 )
 _BULLET = re.compile(r"\s*(?:[-*•>#]+\s+|\(?\d{1,2}[.):]\s+|Step \d+\s*[:.)]\s*)+")
 _ASIDE = re.compile(
@@ -83,10 +66,10 @@ def closing(question: str, text: str, cut: bool) -> Reading:
     """What a text without a plain statement of its answer ends on; `question` tells given numbers from found ones."""
     if cut:
         return UNREAD
-    text = _without_postscript(text if text.isascii() else _PICTURES.sub("", text))
+    text = _without_postscript(text if text[-1:].isascii() else _PICTURES.sub("", text))
     line = last_line(text)
-    bare = re.sub(r"^(?:A|a)\s*[:=]|^[=∴≈]", "", unmarked(line).strip(" .!*_`\"'()[]")).strip()
-    if re.fullmatch(r"(?:[a-zA-Z]\s*=\s*)?[^a-zA-Z=]*(?:\s?[a-zA-Z%]+){0,2}", bare) and "=" not in bare[3:]:
+    bare = _ANNOUNCED.sub("", unmarked(line).strip(" .!*_`\"'()[]")).strip()
+    if _BARE.fullmatch(bare) and "=" not in bare[3:]:
         reading = leading(bare, line)
         if reading and len(line) <= 40:
             return reading
@@ -94,16 +77,16 @@ def closing(question: str, text: str, cut: bool) -> Reading:
     if len(bold) == 1 and not _BULLET.match(bold[0][1] or bold[0][2]):
         stated = unmarked(bold[0][0])
         return leading(stated, line) or only(stated, line) or UNREAD
-    label = _LABELLED.match(line[:LONGEST])
-    if label and len(line) <= 80 and (reading := leading(unmarked(line[label.end() :]), line)):
+    label = _LABELLED.match(line) if len(line) <= 80 else None
+    if label and (reading := leading(unmarked(line[label.end() :]), line)):
         return reading
     return _of_sentence(question, text)
 
 
 def _without_postscript(text: str) -> str:
     """`text` up to the first check, note or offer of help that follows a finished sentence."""
-    said = _POSTSCRIPT.search(text) if any(key in text for key in _SAID_AFTER) else None
-    return text[: said.start()].rstrip() if said and text[: said.start()].strip() else text
+    said = _POSTSCRIPT.search(text)
+    return (text[: said.start() + 1].rstrip() or text) if said else text
 
 
 def _of_sentence(question: str, text: str) -> Reading:
@@ -113,11 +96,14 @@ def _of_sentence(question: str, text: str) -> Reading:
     sentence = sentence[bullet.end() :] if bullet else sentence
     if len(sentence) > LONGEST or not sentence:
         return UNREAD
-    plain = _ASIDE.sub(" ", unmarked(sentence))
+    plain = unmarked(sentence)
     concluded = CONCLUSION.match(sentence) is not None
-    if text.endswith("?"):
-        return UNREAD
     earlier = text[: len(text) - len(sentence) - 1]
+    digits = _DIGIT.search(plain) is not None
+    if text.endswith("?") or not (digits or concluded or not earlier.strip()):
+        return UNREAD
+    if digits or "(" in plain:
+        plain = _ASIDE.sub(" ", plain)
     if "=" in plain or "≈" in plain:
         if _CLAIM.match(plain):
             return ambiguous(sentence, "names several numbers")
@@ -130,7 +116,7 @@ def _of_sentence(question: str, text: str) -> Reading:
     plain = _REASON.sub("", plain)
     if setting := _SETTING.match(plain):
         plain = plain[setting.end() :]
-    numbers = [m for m in NUMBER.finditer(plain) if m[0]]
+    numbers = numbers_in(plain)
     if not numbers:
         return _in_words(plain, sentence) if concluded or not earlier.strip() else UNREAD
     given = _given(question)
@@ -178,6 +164,8 @@ def _in_words(plain: str, sentence: str) -> Reading:
 def _last_result(text: str) -> set[Fraction]:
     """The number behind the last equals sign of a text, if any."""
     tail = unmarked(text[-LONGEST:])
+    if "=" not in tail and "≈" not in tail and "equals" not in tail:
+        return set()
     signs = list(_RESULT.finditer(tail))
     number = NUMBER.match(tail, signs[-1].end()) if signs else None
     value = value_of(number) if number else None
@@ -186,7 +174,7 @@ def _last_result(text: str) -> set[Fraction]:
 
 @lru_cache(maxsize=1024)
 def _given(question: str) -> frozenset[Fraction]:
-    values = (value_of(m) for m in NUMBER.finditer(unmarked(question)) if m[0])
+    values = map(value_of, numbers_in(unmarked(question)))
     return frozenset(value for value in values if value is not None)
 
 
@@ -197,7 +185,7 @@ def _answered_first(earlier: str, values: set[Fraction | None] | set[Fraction], 
     first = line[: end.start()] if end else line
     if not given or "=" in first:
         return False
-    numbers = [m for m in NUMBER.finditer(unmarked(first)) if m[0]]
+    numbers = numbers_in(unmarked(first))
     if len(numbers) != 1 or value_of(numbers[0]) in given or value_of(numbers[0]) in values:
         return False
     return numbers[0][0] not in unmarked(earlier[len(first) :])

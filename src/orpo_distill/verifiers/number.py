@@ -14,7 +14,7 @@ from orpo_distill.verifiers.numerals import NUMBER, SCALES, unmarked, value_of
 from orpo_distill.verifiers.quantity import behind_equals, leading, only
 from orpo_distill.verifiers.statements import OPEN, Reading, Statement, ambiguous, read, verdict
 
-_COUNTED_IN = re.compile(r"\bin (thousand|million|billion|trillion)s\b")
+_COUNTED_IN = re.compile(r"in (?<!\win )(thousand|million|billion|trillion)s\b")
 _HEADING = re.compile(r"\s*\d+\s*[.):]\s+\S|\s*[A-Za-z]+ \d+\s*[.:)]")
 _BRIEF = re.compile(r"[^\w]*(?:[a-zA-Z]\s*=\s*)?[-−\d.,/\s%–]*(?:[a-zA-Z]+[\W_]*){0,4}")
 _CALCULATION = re.compile(r"\W*(?:[a-zA-Z]\s*=|\d)")
@@ -51,9 +51,18 @@ def _gold_values(answer: str) -> frozenset[Fraction]:
 
 def _values(answer: str, question: str) -> set[Fraction]:
     """The numbers that an extracted answer may stand for: "50%", or "$4 million" where the question counts millions."""
-    value = Fraction(answer.rstrip("%"))
+    value = _fraction(answer.rstrip("%"))
     values = {value, value / 100} if answer.endswith("%") else {value}
-    return values | {value / SCALES[word[1]] for word in _COUNTED_IN.finditer(question)}
+    return values | {value / scale for scale in _scales(question)}
+
+
+_fraction = lru_cache(maxsize=4096)(Fraction)
+
+
+@lru_cache(maxsize=1024)
+def _scales(question: str) -> tuple[int, ...]:
+    """What a question counts in: "how many dollars, in millions"."""
+    return tuple(SCALES[word[1]] for word in _COUNTED_IN.finditer(question))
 
 
 def _parse(statement: Statement) -> Reading | None:

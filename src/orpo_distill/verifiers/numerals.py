@@ -30,6 +30,8 @@ NUMBER = re.compile(
     r"(?:\s*(?P<scale>thousand|million|billion|trillion)\b)?"
     r"(?:\s?(?P<percent>%|percent\b|per cent\b))?"
 )
+_BEGINNING = re.compile(r"[-−–+.\d](?<![\w.,^].)")
+_SEPARATOR = re.compile(r"\D")
 _FRACTION = re.compile(r"(?<=\d)?\s?\\[dtc]?frac\s*(?:\{\s*(-?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}|(\d)\s*(\d))")
 _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|boxed|operatorname)\s*\{([^{}]*)\}")
 _LATEX_SPACE = re.compile(r"\\[,;!: ]|\\quad|\\left|\\right|\\[()\[\]]|\^\s*\{?\\circ\}?|~|\\(?=[%$])")
@@ -40,9 +42,22 @@ _ANNOTATION = re.compile(r"<<[^<>]*>>")
 _VULGAR = {"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅛": " 1/8"}
 
 
+def numbers_in(text: str) -> list[re.Match[str]]:
+    """Every number of a text, as NUMBER finds them: tried only where one can begin, because NUMBER is slow to fail."""
+    found = []
+    at = 0
+    while start := _BEGINNING.search(text, at):
+        number = NUMBER.match(text, start.start())
+        if number:
+            found.append(number)
+        at = number.end() if number else start.end()
+    return found
+
+
 def value_of(match: re.Match[str]) -> Fraction | None:
     """None for a division by zero and for "2 1" before no fraction."""
-    digits = re.sub(r"\D", "", match["whole"] or "0")
+    whole = match["whole"] or "0"
+    digits = whole if whole.isdecimal() else _SEPARATOR.sub("", whole)
     value = Fraction(digits + match["decimals"]) if match["decimals"] else Fraction(int(digits))
     if match["below"]:
         if not (below := int(match["below"])):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from orpo_distill.verifiers.numerals import MULTIPLIED, NUMBER, WORD, as_text, value_of, word_value
+from orpo_distill.verifiers.numerals import MULTIPLIED, NUMBER, WORD, as_text, numbers_in, value_of, word_value
 from orpo_distill.verifiers.statements import Reading, ambiguous
 
 _LEAD = re.compile(
@@ -74,7 +74,7 @@ def behind_equals(sentence: str, quote: str) -> Reading | None:
 
 def only(sentence: str, quote: str) -> Reading | None:
     """The one number of a sentence."""
-    numbers = [m for m in NUMBER.finditer(sentence) if m[0]]
+    numbers = numbers_in(sentence)
     if not numbers:
         return None
     if len(numbers) > 1:

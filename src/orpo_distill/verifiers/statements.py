@@ -16,6 +16,7 @@ from orpo_distill.records import FinishReason, Outcome, Trace, Verdict
 
 QUOTE_LENGTH = 80
 LONGEST = 600  # characters of a line that are read as one answer: texts that loop must not cost quadratic time
+SHORT = 200  # characters that most last sentences have at most: looked at before the whole line
 MOST = 50  # announcements of an answer that are looked at, from the last
 
 
@@ -92,15 +93,21 @@ _LINK = re.compile(
 _QUESTION = re.compile(r"[^.!?]{0,80}\?")
 _MARKED = re.compile(r"<|\[|答|[Aa][Nn][Ss](?:\.|\s*[:=])|[Rr]é?[es]p[ou]|[Aa]ntwort")
 _GAP = re.compile(r"[\s*_]*")
-_PRAISE = re.compile(r"final|correct|right|best|only|most")
-_DETERMINERS = re.compile(r"the|my|your|our|its|an|a|this|that")
-_SUPPOSING = re.compile(r"if|whether|suppose|supposing|assume|assuming|unless|imagine|what|how|why|until")
-_OTHERS = re.compile(
-    r"incorrect|wrong|other|another|previous|earlier|possible|given|first|second|third|next|initial|old|opposite|their"
-    r"|his|her|no|one|to|eliminate|eliminated|eliminating|reject|rejecting|exclude|excluding|out"
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_PRAISE = _words("final correct right best only most")
+_DETERMINERS = _words("the my your our its an a this that")
+_SUPPOSING = _words("if whether suppose supposing assume assuming unless imagine what how why until")
+_OTHERS = _words(
+    "incorrect wrong other another previous earlier possible given first second third next initial old opposite their"
+    " his her no one to eliminate eliminated eliminating reject rejecting exclude excluding out"
 )
-_DENYING = re.compile(r"not|never|cannot|doubt|unlikely")
-_TURNING = re.compile(r"so|therefore|thus|but|hence|and|then")
+_DENYING = _words("not never cannot doubt unlikely")
+_TURNING = _words("so therefore thus but hence and then")
 _IF = re.compile(r"\b(?:[Ii]f|[Aa]ssuming|[Ss]uppose)\b")
 _OF_AN_OPTION = re.compile(r"\(?[A-J]\)?[^.\n]{0,40}\b(?:indicates|suggests|states|says|implies|claims) that the $")
 _SUBQUESTION = re.compile(r"\s+(?:to|for|of)\s+(?:the\s+)?(?:first|second|previous|step|sub|part|intermediate)\b", re.I)
@@ -142,12 +149,13 @@ _FOREIGN = re.compile(
 def visible(trace: Trace) -> tuple[str, bool]:
     """A text without its thinking and without the questions it goes on to ask, and whether it was cut."""
     text, cut = trace.text, trace.finish_reason is FinishReason.LENGTH
-    if "</think" in text:
+    marked = "<" in text
+    if marked and "</think" in text:
         text = text[text.rfind("</think") :].partition(">")[2]
-    elif "<think" in text:
+    elif marked and "<think" in text:
         text = text[: text.find("<think")]
     text = text.lstrip() if cut else text.strip()
-    asked = _NEXT_QUESTION.search(text) or (("<" in text or "[INST" in text) and _NEXT_TURN.search(text)) or None
+    asked = _NEXT_QUESTION.search(text) or ((marked or "[INST" in text) and _NEXT_TURN.search(text)) or None
     if asked and asked.start():
         return text[: asked.start()].strip(), False
     return text, cut
@@ -238,8 +246,8 @@ def ambiguous(quote: str, why: str) -> Reading:
 
 def taken_back(text: str, start: int) -> bool:
     """Whether what follows `start` withdraws the answer before it ("Wait, that is wrong")."""
-    rest = text[start:].lower()
-    return any(key in rest for key in _RETRACTIONS) and _TAKEN_BACK.search(rest) is not None
+    rest = text[start:].strip().lower()
+    return bool(rest) and any(key in rest for key in _RETRACTIONS) and _TAKEN_BACK.search(rest) is not None
 
 
 def last_line(text: str) -> str:
@@ -250,8 +258,10 @@ def last_line(text: str) -> str:
 def last_sentence(text: str) -> str:
     """The last sentence of the last line, without its closing mark."""
     line = last_line(text).rstrip(" .!*_\"'”")
-    ends = [end.end() for end in SENTENCE_END.finditer(line)]
-    return line[ends[-1] :].strip(" *_\"'“") if ends else line
+    for size in (SHORT, len(line)):
+        if ends := [end.end() for end in SENTENCE_END.finditer(line, max(0, len(line) - size))]:
+            return line[ends[-1] :].strip(" *_\"'“")
+    return line
 
 
 def _anchors(text: str) -> Iterator[tuple[int, int]]:
@@ -315,19 +325,19 @@ def _denied(text: str, start: int, link: re.Match[str]) -> bool:
         return True
     if link["link"] is None and (not words or words[-1].endswith(",") or words[-1] in ("and", "while", "but", "as")):
         return True
-    if _OF_AN_OPTION.search(sentence):
+    if sentence.endswith(" that the ") and _OF_AN_OPTION.search(sentence):
         return True
-    while words and _PRAISE.fullmatch(words[-1]):
+    while words and words[-1] in _PRAISE:
         words.pop()
-    if words and _OTHERS.fullmatch(words[-1]):
+    if words and words[-1] in _OTHERS:
         return True
-    while words and _DETERMINERS.fullmatch(words[-1]):
+    while words and words[-1] in _DETERMINERS:
         words.pop()
-    if words and _SUPPOSING.fullmatch(words[-1]):
+    if words and words[-1] in _SUPPOSING:
         return True
     for word in words[:-4:-1]:
-        if word[-1] in ".,;:!?)" or _TURNING.fullmatch(word):
+        if word[-1] in ".,;:!?)" or word in _TURNING:
             return False
-        if (_DENYING.fullmatch(word) and not (word == "doubt" and "no" in words)) or word.endswith(("n't", "n’t")):
+        if (word in _DENYING and not (word == "doubt" and "no" in words)) or word.endswith(("n't", "n’t")):
             return True
     return False

@@ -57,7 +57,8 @@ _REJECTED = re.compile(
     r"[\s\"'”’)*,.]*(?:(?:is|as)\s+(?:not|incorrect|wrong|false)\b|could\b|might\b|may\b)", re.IGNORECASE
 )
 _AFFIRMED = re.compile(
-    r"(?:\(([AB])\)|(?:(?<=ption )|(?<=hoice )|(?<=nswer ))([AB])\b)(?:[\s,:\"'“”–—-]*(?:yes|no)\b)?[\s,\"'”]*"
+    r"([AB])(?:\)(?<=\([AB]\))|\b(?:(?<=ption [AB])|(?<=hoice [AB])|(?<=nswer [AB])))"
+    r"(?:[\s,:\"'“”–—-]*(?:yes|no)\b)?[\s,\"'”]*"
     r"(?:(?:is|as|must be|would be|being)\s+(?:therefore\s+|thus\s+|also\s+)?(?:the\s+)?(?:most\s+|more\s+)?"
     r"|(?:as\s+)?(?:the|our|my)\s+)?(?:correct|right|best|accurate|appropriate|likely|answer)\b",
 )
@@ -151,13 +152,12 @@ def _parse(letters: dict[str, str], statement: Statement) -> Reading | None:
 
 def _last_affirmed(letters: dict[str, str], text: str, start: int) -> Reading | None:
     """The last letter that is called right: "option (B) is the correct answer"."""
-    if text.find("A", start) < 0 and text.find("B", start) < 0:
-        return None
     found = list(_AFFIRMED.finditer(text, start))
-    if not found:
+    if not found or (answer := letters.get(found[-1][1])) is None:
         return None
-    answer = letters.get(found[-1][found[-1].lastindex or 1])
-    return Reading(answer, found[-1][0]) if answer else None
+    last = found[-1]
+    bracket = last.start() > start and text[last.start() - 1] == "(" and last[0][1] == ")"
+    return Reading(answer, text[last.start() - bracket : last.end()])
 
 
 def _agreed(letters: dict[str, str], letter: str | None, word: str, quote: str) -> Reading:
