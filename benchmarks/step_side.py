@@ -120,7 +120,7 @@ def ours(spec: Spec, model: Any, tokenizer: Any, out: str) -> Result:
 
     result, log = Result(), Path(out) / "log.jsonl"
     # TRL's likelihood: of prompt and response, over the tokens of all pairs.
-    objective = Orpo(weight=1.0, nll_on="full", nll_reduction="sequence")
+    objective = Orpo(weight=1.0, nll_on="full", nll_reduction="batch_tokens")
     steps = [_rows(step) for step in spec.steps]
     course = Course(steps, 0, len(steps), objective, tokens_per_batch=spec.batch, log=log)
     args = TrainingArguments(**settings(spec, out), num_train_epochs=1, per_device_train_batch_size=1)

@@ -84,6 +84,11 @@ def _choose(model: nn.Module, inner: Any, forward: _Forward, probe: Sequence[Row
     batch = collate(probe, False, str(weight.device))
     expected, compared = forward.plain(batch)
     route = forward.route
+    if not expected.isfinite().all():  # nothing to compare with; training will name the row whose loss is not finite
+        inner.forward = types.MethodType(forward, inner)
+        route.groups = route.head = False
+        route.reasons = ("its log-probabilities are not finite",)
+        return
 
     def fault(of: Callable[[], str]) -> str:
         try:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import wraps
 from itertools import product
 from pathlib import Path
 
@@ -180,6 +181,7 @@ def test_no_requests_no_completions(tmp_path: Path) -> None:
 class Small(LlamaForCausalLM):
     """Runs out of memory with more than three rows, or a prompt of more than 30 tokens."""
 
+    @wraps(LlamaForCausalLM.forward)
     def forward(self, input_ids: torch.Tensor, **options: object) -> object:
         if input_ids.shape[0] > 3 or input_ids.shape[1] > 30:
             raise torch.OutOfMemoryError("simulated")

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 ATTENTION = "orpo_distill_shared_prompts"  # the name under which transformers knows `attend`
+CACHE_OPTIONS = ("cache", "past_key_values")  # of a model's forward: transformers 5.24 renamed it, not everywhere
 ROOM = 32  # columns that a buffer grows by
 PROBE = 24  # tokens of the text on which `manages` compares
 
@@ -83,8 +84,9 @@ class SharedCache:
         self.prompts, self.texts = Shelf(), Shelf()
         self.lengths: Ints = np.zeros(0, np.int64)  # (homes,) tokens of each prompt but its last
         self.seat: Ints = np.zeros(0, np.int64)  # (N,) home * seats + the seat there
-        last_only = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        self.options: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}
+        takes = inspect.signature(type(model).forward).parameters
+        self.cache_option = next(name for name in CACHE_OPTIONS if name in takes)
+        self.options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     @torch.inference_mode()
     def add(self, prompts: Sequence[tuple[int, ...]], sharing: Sequence[int], rows: int) -> None:
@@ -95,7 +97,7 @@ class SharedCache:
         for row, prompt in enumerate(prompts):  # padding stands behind, where causal attention never looks
             ids[row, : len(prompt) - 1] = prompt[:-1]
         cache = DynamicCache()
-        self.model(input_ids=self._tensor(ids), past_key_values=cache, use_cache=True, **self.options)
+        self.model(input_ids=self._tensor(ids), use_cache=True, **{self.cache_option: cache}, **self.options)
         layers = [(layer.keys, layer.values) for layer in cast(list[Any], cache.layers)]
         self.prompts.fit(layers, homes + len(prompts), max(width, int(self.lengths.max(initial=0))))
         self.prompts.write(homes, width, layers)
@@ -247,7 +249,9 @@ def manages(model: PreTrainedModel) -> bool:
     """Whether `SharedCache` is right for a model: plain or windowed attention, and the same logits on a short text."""
     kind: Any = type(model)
     takes = inspect.signature(kind.forward).parameters
-    if not kind.__module__.startswith("transformers.") or not {"position_ids", "past_key_values"} <= set(takes):
+    if not kind.__module__.startswith("transformers.") or "position_ids" not in takes:
+        return False
+    if not any(name in takes for name in CACHE_OPTIONS):
         return False
     if model.config.is_encoder_decoder or not kind._supports_default_dynamic_cache():
         return False
