@@ -1,4 +1,5 @@
-"""The benchmarks' own environments, made on first use under `benchmarks/.venv/NAME`.
+"""What the benchmarks run in: environments of their own, made on first use under `benchmarks/.venv/NAME`, the
+checkpoint, and the number type that suits the machine.
 
     .venv/bin/python benchmarks/environments.py NAME        makes one and prints its interpreter
 
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import timeit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 Name = Literal["trl", "plots", "gguf", "vllm"]
+Dtype = Literal["bfloat16", "float32"]
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / ".venv"
 CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
@@ -104,6 +107,17 @@ def checkpoint() -> Path:
     if not (CHECKPOINT / "config.json").exists():
         _run(CHECKPOINT, [str(python_of("gguf")), str(ROOT / "scripts" / "fetch_smollm2.py")])
     return CHECKPOINT
+
+
+def fast_dtype(repeats: int = 5) -> Dtype:
+    """bfloat16, unless this machine multiplies matrices faster in float32: a CPU without instructions for bfloat16."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        rows, weight = torch.ones(1024, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)
+        return min(timeit.repeat(lambda: torch.nn.functional.linear(rows, weight), number=1, repeat=repeats))
+
+    return "bfloat16" if seconds(torch.bfloat16) <= seconds(torch.float32) else "float32"
 
 
 def _fingerprint(environment: Environment) -> str:

@@ -1,27 +1,28 @@
 """Training: pairs a second and peak memory of an ORPO step, by this trainer and by TRL's.
 
-    python benchmarks/orpo_step.py                      about 40 minutes on 2 CPU cores
-    python benchmarks/orpo_step.py --quick              a rough figure in 5: one problem, no losses, no low_memory
+    python benchmarks/orpo_step.py                      at most 45 minutes on 2 CPU cores
+    python benchmarks/orpo_step.py --quick              a rough figure in 5: one problem, speed only
     python benchmarks/orpo_step.py --workload gsm8k     one of gsm8k, medqa, few_shot, all_pairs
 
 SmolLM2-135M-Instruct; real lengths and real text (`workloads.py`). An optimizer step is one problem: 8 pairs of 16
 traces, on all_pairs 64 pairs of them, of which TRL gets the first 8: the pairs of gsm8k, whose runs then count for
-both. Both sides get the same token ids, bfloat16 weights without autocast, the same AdamW and clipping, and the same
-objective: lambda 1 and TRL's likelihood, of prompt and chosen response, over the tokens of the batch. Nothing is logged
-and activations are kept.
+both. Both sides get the same token ids, weights of the same type without autocast, the same AdamW and clipping, and the
+same objective: lambda 1 and TRL's likelihood, of prompt and chosen response, over the tokens of the batch. Nothing is
+logged and activations are kept. The type is bfloat16; float32 where the machine multiplies faster in it
+(`environments.fast_dtype`) or `--dtype` says so.
 
-Each run is a process of its own: one step to warm up, then one a problem. TRL's batch is the fastest of 1, 2 and 4 on
-the first problem; then the sides take turns. Speeds are all pairs over the sum of every problem's median time.
+Each run is a process of its own: one short step to warm up, then one a problem. TRL's batch is the fastest of 1, 2 and
+4 on the first problem; then the sides take turns. Speeds are all pairs over the sum of every problem's median time.
 
 Prints two JSON lines a workload. In the first, `memory_ratio` compares one pass over the 16 traces of the first problem
-(TRL: a batch of 8 pairs; `step_side.Meter` says what a peak is). `max_loss_difference` is the absolute difference of
-the mean losses of its pairs at the loaded weights, in bfloat16, `max_loss_difference_float32` the same in float32.
-`floor_ratio` is this trainer's time over (6 x parameters x tokens / matrix rate): tokens count each prompt and each
-trace once, parameters the tied output layer once; the rate is the best seen, in the same runs, of bfloat16 products in
-the model's own shapes on all cores.
+(TRL: a batch of 8 pairs, or half as many until it fits into this machine's memory, which is then `trl_memory_batch`;
+`step_side.Meter` says what a peak is). `max_loss_difference` is the absolute difference of the mean losses of its pairs
+at the loaded weights. `floor_ratio` is this trainer's time over (6 x parameters x tokens / matrix rate): tokens count
+each prompt and each trace once, parameters the tied output layer once; the rate is the best seen, in the same runs, of
+products in the model's own shapes and type on all cores.
 
-In the second, `"setting": "low_memory"`, this trainer spreads the traces over passes of at most `tokens_per_batch`
-tokens and recomputes activations; TRL has a batch of 1. Peaks are the highest of all problems.
+In the second, `"setting": "low_memory"`, on the first problem, this trainer spreads the traces over passes of at most
+`tokens_per_batch` tokens and recomputes activations; TRL has a batch of 1.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
-from environments import NotInstalledError, checkpoint, python_of
-from step_side import Result, Row, Spec
+from environments import Dtype, NotInstalledError, checkpoint, fast_dtype, python_of
+from step_side import OUT_OF_MEMORY, Result, Row, Spec
 from workloads import PROBLEMS, TRACES, WORKLOADS, problems
 
 from orpo_distill.models import load_tokenizer
@@ -59,11 +60,10 @@ class Size:
     turns: int = 2
     batches: tuple[int, ...] = (1, 2, 4)  # among which TRL's is chosen
     trl_pairs: int = TRACES  # of a problem, that TRL is timed on
-    whole_warm_up: bool = True
-    everything: bool = True  # losses and low_memory too
+    everything: bool = True  # memory and losses too
 
 
-QUICK = Size(problems=1, turns=1, batches=(2,), trl_pairs=4, whole_warm_up=False, everything=False)
+QUICK = Size(problems=1, turns=1, batches=(2,), trl_pairs=4, everything=False)
 
 
 @dataclass
@@ -72,18 +72,19 @@ class Runner:
 
     model: Path
     trl_python: Path
+    dtype: Dtype
     _done: dict[tuple[str, int], Result] = field(default_factory=dict)
 
     def ours(self, steps: list[list[Row]], batch: int, turn: int = 0, **options: Any) -> Result:
         """This trainer's steps; `batch` is in tokens."""
-        return self._measure(Spec("ours", str(self.model), steps, batch, **options), turn)
+        return self._measure(Spec("ours", str(self.model), steps, batch, self.dtype, **options), turn)
 
-    def trl(self, steps: list[list[Row]], batch: int, turn: int = 0, **options: Any) -> Result:
+    def trl(self, steps: list[list[Row]], batch: int, turn: int = 0) -> Result:
         """TRL's steps; `batch` is in pairs."""
-        return self._measure(Spec("trl", str(self.model), steps, batch, **options), turn)
+        return self._measure(Spec("trl", str(self.model), steps, batch, self.dtype), turn)
 
     def _measure(self, spec: Spec, turn: int) -> Result:
-        """Run one side. Raises SystemExit with its last words where it fails."""
+        """Run one side. Raises MemoryError; SystemExit with its last words where it fails otherwise."""
         key = json.dumps(asdict(spec)), turn
         if key in self._done:
             return self._done[key]
@@ -99,6 +100,8 @@ class Runner:
                 text=True,
                 check=False,
             )
+            if done.returncode == OUT_OF_MEMORY:
+                raise MemoryError
             if done.returncode or not answer.exists():
                 raise SystemExit(f"{spec.side} ended with {done.returncode}:\n{done.stdout[-2000:]}")
             result = self._done[key] = Result(**json.loads(answer.read_text()))
@@ -112,49 +115,59 @@ def compare(workload: str, runner: Runner, size: Size) -> Iterator[dict[str, Any
     """The JSON lines of one workload."""
     steps = problems(workload, load_tokenizer(str(runner.model)))[: size.problems]
     part = [step[: size.trl_pairs] for step in steps]
+    warm, warm_part = shortened(steps[0]), shortened(part[0])
     trials = {}
     if len(size.batches) > 1:
-        # The one with batch 1 is what low_memory is compared with.
-        for batch in size.batches:
-            trials[batch] = runner.trl([shortened(part[0]), *(part if batch == 1 else part[:1])], batch)
+        for batch in size.batches:  # batch 1 is printed and is what low_memory is compared with
+            trials[batch] = runner.trl([warm_part, *(part if batch == 1 else part[:1])], batch)
     best = min(size.batches, key=lambda batch: trials[batch].seconds[0] if trials else 0)
     ours, theirs = [], []
     for turn in range(size.turns):
-        ours.append(runner.ours([warm_up(steps[0], size), *steps], ONE_PASS, turn, rate=True))
-        theirs.append(runner.trl([warm_up(part[0], size), *part], best, turn))
-    yield {
+        ours.append(runner.ours([warm, *steps], ONE_PASS, turn, rate=True))
+        theirs.append(runner.trl([warm_part, *part], best, turn))
+    first = {
         "workload": workload,
         "setting": "default",
+        "dtype": runner.dtype,
         **speeds(steps, ours, part, theirs),
-        **peaks(
-            round(median(run.peak_bytes[0] for run in ours)),
-            runner.trl([shortened(steps[0][:TRACES]), steps[0][:TRACES]], TRACES).peak_bytes[0],
-        ),
-        "max_loss_difference": loss_difference(steps[0], runner, "bfloat16") if size.everything else None,
-        "max_loss_difference_float32": loss_difference(steps[0], runner, "float32") if size.everything else None,
         **floor(ours),
         "trl_batch": best,
-        "trl_pairs_per_second_batch_1": round(pairs_per_second(part, [trials[1]]), 3) if trials else None,
     }
-    if size.everything:
-        spread = runner.ours([warm_up(steps[0], size), *steps], LOW_MEMORY, checkpointing=True)
-        yield {
-            "workload": workload,
-            "setting": "low_memory",
-            **speeds(steps, [spread], part, [trials[1]]),
-            **peaks(max(spread.peak_bytes), max(trials[1].peak_bytes)),
-            "tokens_per_batch": LOW_MEMORY,
-        }
+    if not size.everything:
+        yield first
+        return
+    memory_batch, memory = one_pass(steps[0][:TRACES], runner)
+    yield {
+        **first,
+        **peaks(round(median(run.peak_bytes[0] for run in ours)), memory.peak_bytes[0]),
+        "max_loss_difference": loss_difference(steps[0], runner),
+        "trl_pairs_per_second_batch_1": round(pairs_per_second(part, [trials[1]]), 3),
+        "trl_memory_batch": memory_batch,
+    }
+    spread = runner.ours([warm, steps[0]], LOW_MEMORY, checkpointing=True)
+    alone = replace(trials[1], seconds=trials[1].seconds[:1])
+    yield {
+        "workload": workload,
+        "setting": "low_memory",
+        "dtype": runner.dtype,
+        **speeds(steps[:1], [spread], part[:1], [alone]),
+        **peaks(spread.peak_bytes[0], trials[1].peak_bytes[0]),
+        "tokens_per_batch": LOW_MEMORY,
+    }
+
+
+def one_pass(step: list[Row], runner: Runner, batch: int = TRACES) -> tuple[int, Result]:
+    """TRL's step in the largest batch that fits, up to all pairs, and that batch."""
+    try:
+        return batch, runner.trl([shortened(step), step], batch)
+    except MemoryError:
+        say(f"  trl, batch {batch}: out of memory")
+        return one_pass(step, runner, batch // 2)
 
 
 def shortened(step: Sequence[Row]) -> list[Row]:
     """The same number of pairs in next to no tokens."""
     return [{part: ids[:SHORT] for part, ids in row.items()} for row in step]
-
-
-def warm_up(step: list[Row], size: Size) -> list[Row]:
-    """The step that is not timed."""
-    return step if size.whole_warm_up else shortened(step)
 
 
 def pairs_per_second(steps: Sequence[Sequence[Row]], runs: Sequence[Result]) -> float:
@@ -187,13 +200,13 @@ def peaks(ours: int, theirs: int) -> dict[str, float]:
     return {"ours_peak_bytes": ours, "trl_peak_bytes": theirs, "memory_ratio": round(ours / theirs, 3)}
 
 
-def loss_difference(step: list[Row], runner: Runner, dtype: str) -> float:
+def loss_difference(step: list[Row], runner: Runner) -> float:
     """Between the mean losses of a step's pairs, at the loaded weights.
 
     TRL takes 8 pairs at a time, which on all_pairs are every chosen trace once: as many tokens in each batch, so that
     the mean over batches is the mean over the step.
     """
-    ours, theirs = runner.ours([step], ONE_PASS, dtype=dtype).loss, runner.trl([step], TRACES, dtype=dtype).loss
+    ours, theirs = runner.ours([step], ONE_PASS).loss, runner.trl([step], TRACES).loss
     return float(f"{abs(ours - theirs):.2g}")
 
 
@@ -211,15 +224,17 @@ def floor(runs: Sequence[Result]) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one problem, no losses, no low_memory")
+    parser.add_argument("--quick", action="store_true", help="one problem, speed only")
     parser.add_argument("--workload", choices=WORKLOADS, help="one of them only")
     parser.add_argument("--model", type=Path, help="another checkpoint's folder")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="of the weights (default: the faster one)")
     parser.add_argument("--trl-python", type=Path, help="an interpreter with TRL 1.16 (default: one is made)")
     options = parser.parse_args(argv)
     try:
-        runner = Runner(options.model or checkpoint(), options.trl_python or python_of("trl"))
+        model, trl_python = options.model or checkpoint(), options.trl_python or python_of("trl")
     except NotInstalledError as error:
         raise SystemExit(str(error)) from error
+    runner = Runner(model, trl_python, options.dtype or fast_dtype())
     for workload in [options.workload] if options.workload else WORKLOADS:
         say(workload)
         for line in compare(workload, runner, QUICK if options.quick else Size()):

@@ -3,9 +3,10 @@
     python benchmarks/sampling.py            about 30 minutes on 2 CPU cores
     python benchmarks/sampling.py --quick    a rough figure in 5
 
-8 texts for each of 64 GSM8K questions, SmolLM2-135M-Instruct in bfloat16, temperature 0.8, natural lengths of at most
-256 tokens. Each side runs in a process of its own; they take turns, and medians are given. Tokens count up to each
-text's end. `generate` runs with as many prompts at once (of 1, 2, 4, 8) as were fastest on the first prompts.
+8 texts for each of 64 GSM8K questions, SmolLM2-135M-Instruct in bfloat16 (float32 where the machine multiplies faster
+in it, `environments.fast_dtype`, or `--dtype` says so), temperature 0.8, natural lengths of at most 256 tokens. Each
+side runs in a process of its own; they take turns, and medians are given. Tokens count up to each text's end.
+`generate` runs with as many prompts at once (of 1, 2, 4, 8) as were fastest on the first prompts.
 
 Prints one JSON line. vLLM's figures are null where it cannot be installed.
 """
@@ -22,9 +23,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
-from environments import NotInstalledError, checkpoint, python_of
+from environments import Dtype, NotInstalledError, checkpoint, fast_dtype, python_of
 from sampling_side import Result, Spec
 
 from orpo_distill.models import load_tokenizer
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="16 prompts, one turn")
     parser.add_argument("--model", type=Path, help="another checkpoint's folder")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="of the weights (default: the faster one)")
     parser.add_argument("--prompts", type=int, help="use fewer of the questions")
     parser.add_argument("--max-new-tokens", type=int)
     parser.add_argument("--turns", type=int)
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = QUICK if options.quick else Size()
     given = {name: getattr(options, name) for name in ("prompts", "max_new_tokens", "turns")}
     size = replace(size, **{name: value for name, value in given.items() if value is not None})
-    spec = specification(options.model or checkpoint(), size, options.dtype)
+    spec = specification(options.model or checkpoint(), size, options.dtype or fast_dtype())
     print(json.dumps(compare(spec, size, None if options.no_vllm else vllm_python())))
 
 

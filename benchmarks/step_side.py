@@ -5,7 +5,7 @@
 SPEC is a JSON file with the fields of `Spec`, RESULT gets those of `Result`: seconds and peak memory of every optimizer
 step after the first, which warms up. With one step alone it is the loss that is wanted, at the loaded weights. TRL's
 side imports nothing of this project, so that it runs wherever TRL is installed. Both sides get the same token ids and
-the same settings. Linux only.
+the same settings. Linux only. Exits with OUT_OF_MEMORY where the machine's memory does not do.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+OUT_OF_MEMORY = 3  # the exit code
 Row = dict[str, list[int]]  # token ids of `prompt`, `chosen` and `rejected`
 
 
@@ -189,11 +191,11 @@ def _columns(row: Row) -> dict[str, list[int]]:
 
 
 def matrix_rate(model: Any, tokens: int, repeats: int = 5) -> float:
-    """Operations a second of the fastest bf16 product of the model's own shapes: `tokens` rows by a weight."""
+    """Operations a second of the fastest product of the model's own shapes and type: `tokens` rows by a weight."""
     shapes = {tuple(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Linear)}
     rates = []
     for wide, deep in shapes:
-        rows, weight = torch.randn(tokens, deep).bfloat16(), torch.randn(wide, deep).bfloat16()
+        rows, weight = torch.randn(tokens, deep).to(model.dtype), torch.randn(wide, deep).to(model.dtype)
         for _ in range(repeats):
             start = time.perf_counter()
             torch.nn.functional.linear(rows, weight)
@@ -201,9 +203,7 @@ def matrix_rate(model: Any, tokens: int, repeats: int = 5) -> float:
     return max(rates)
 
 
-def main(spec_file: str, result_file: str) -> None:
-    """Run what SPEC asks for and write RESULT."""
-    spec = Spec(**json.loads(Path(spec_file).read_text()))
+def _measure(spec: Spec) -> Result:
     model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=spec.dtype)
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
     torch.manual_seed(0)
@@ -212,6 +212,25 @@ def main(spec_file: str, result_file: str) -> None:
     result.parameters = model.num_parameters()
     if spec.rate:
         result.matrix_rate = matrix_rate(model, 2048)
+    return result
+
+
+def _keep_within_memory() -> None:
+    """Let an allocation fail that the machine has no memory for. Without, the kernel would kill some process."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (available, available))
+
+
+def main(spec_file: str, result_file: str) -> None:
+    """Run what SPEC asks for and write RESULT."""
+    _keep_within_memory()
+    try:
+        result = _measure(Spec(**json.loads(Path(spec_file).read_text())))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise SystemExit(OUT_OF_MEMORY) from error
+        raise
     Path(result_file).write_text(json.dumps(asdict(result)))
 
 

@@ -31,7 +31,6 @@ def test_the_command_prints_what_it_promises(model: Path) -> None:
     line = json.loads(done.stdout)
     assert line["workload"] == "gsm8k"
     assert line["speed_ratio"] == pytest.approx(line["ours_pairs_per_second"] / line["trl_pairs_per_second"], rel=0.05)
-    assert line["memory_ratio"] == pytest.approx(line["ours_peak_bytes"] / line["trl_peak_bytes"], rel=0.05)
     assert line["floor_ratio"] > 1
 
 
