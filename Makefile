@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-full lint clean
+.PHONY: quickstart test test-full test-vllm lint clean
 
 quickstart: .venv/run
 	$(BIN)/orpo-distill quickstart
@@ -11,7 +11,11 @@ test: .venv/dev lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-full: .venv/dev lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m ""
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not vllm"
+
+# Installs vLLM's CPU build into benchmarks/.venv/vllm first, about 2 GB.
+test-vllm: .venv/dev
+	$(BIN)/python -m pytest -m vllm tests/samplers/test_vllm.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

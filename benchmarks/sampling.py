@@ -1,12 +1,13 @@
 """Sampling: useful tokens a second of the `hf` sampler, of transformers' `generate`, and of vLLM.
 
-    python benchmarks/sampling.py            about 30 minutes on 2 CPU cores
-    python benchmarks/sampling.py --quick    a rough figure in 5
+    python benchmarks/sampling.py            at most 45 minutes on 2 CPU cores
+    python benchmarks/sampling.py --quick    a rough figure in about 5: 8 questions, at most 128 tokens
 
 8 texts for each of 64 GSM8K questions, SmolLM2-135M-Instruct in bfloat16 (float32 where the machine multiplies faster
 in it, `environments.fast_dtype`, or `--dtype` says so), temperature 0.8, natural lengths of at most 256 tokens. Each
-side runs in a process of its own; they take turns, and medians are given. Tokens count up to each text's end.
-`generate` runs with as many prompts at once (of 1, 2, 4, 8) as were fastest on the first prompts.
+side runs in a process of its own; they take turns, three unless the time is up before, and medians are given. Tokens
+count up to each text's end. `generate` runs with as many prompts at once (of 1, 2, 4, 8) as were fastest on the first
+8 prompts and 64 tokens.
 
 Prints one JSON line. vLLM's figures are null where it cannot be installed.
 """
@@ -19,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,7 +40,7 @@ from orpo_distill.tasks.gsm8k import Gsm8k
 HERE = Path(__file__).parent
 QUESTIONS = HERE / "data" / "gsm8k_questions.json"
 SAMPLES = 8
-PROMPTS_AT_ONCE = (1, 2, 4, 8)
+MINUTES = 40  # no turn begins that would not end by then
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class Size:
     """How much is measured."""
 
     prompts: int = 64
-    trial_prompts: int = 16  # on which the number of prompts at once is chosen
     max_new_tokens: int = 256
     turns: int = 3
+    at_once: tuple[int, ...] = (1, 2, 4, 8)  # prompts, of which `generate` has the fastest
+    trial_prompts: int = 8
+    trial_tokens: int = 64
 
 
-QUICK = Size(prompts=16, trial_prompts=8, turns=1)
+QUICK = Size(prompts=8, max_new_tokens=128, turns=1, at_once=(8,))
 
 
 def specification(model: Path, size: Size, dtype: str) -> Spec:
@@ -86,10 +90,13 @@ def measure(spec: Spec, python: str = sys.executable) -> Result:
     return result
 
 
-def best_at_once(spec: Spec, trial_prompts: int) -> int:
+def best_at_once(spec: Spec, size: Size) -> int:
     """How many prompts at once are fastest for `generate`."""
-    trial = replace(spec, side="generate", prompts=spec.prompts[:trial_prompts])
-    tried = {count: measure(replace(trial, prompts_at_once=count)) for count in PROMPTS_AT_ONCE}
+    if len(size.at_once) == 1:
+        return size.at_once[0]
+    tokens = min(size.trial_tokens, size.max_new_tokens)
+    trial = replace(spec, side="generate", prompts=spec.prompts[: size.trial_prompts], max_new_tokens=tokens)
+    tried = {count: measure(replace(trial, prompts_at_once=count)) for count in size.at_once}
     return max(tried, key=lambda count: tried[count].tokens / tried[count].seconds)
 
 
@@ -104,14 +111,18 @@ def vllm_python() -> str | None:
 
 def compare(spec: Spec, size: Size, vllm: str | None) -> dict[str, Any]:
     """The JSON line."""
-    at_once = best_at_once(spec, size.trial_prompts)
+    started = time.monotonic()
+    at_once = best_at_once(spec, size)
     sides = [(spec, sys.executable), (replace(spec, side="generate", prompts_at_once=at_once), sys.executable)]
     if vllm:
         sides.append((replace(spec, side="vllm"), vllm))
     found: dict[str, list[Result]] = {}
     for _ in range(size.turns):
+        begun = time.monotonic()
         for side, python in sides:
             found.setdefault(side.side, []).append(measure(side, python))
+        if (now := time.monotonic()) + (now - begun) > started + MINUTES * 60:
+            break
     rates = {side: median(one.tokens / one.seconds for one in results) for side, results in found.items()}
     line: dict[str, Any] = {
         f"{side}_tokens_per_second": round(rates[side], 1) if side in rates else None
@@ -119,7 +130,7 @@ def compare(spec: Spec, size: Size, vllm: str | None) -> dict[str, Any]:
     }
     line["ratio_generate"] = round(rates["ours"] / rates["generate"], 2)
     line["ratio_vllm"] = round(rates["ours"] / rates["vllm"], 2) if vllm else None
-    line |= {"prompts": len(spec.prompts), "samples": spec.samples, "turns": size.turns, "dtype": spec.dtype}
+    line |= {"prompts": len(spec.prompts), "samples": spec.samples, "turns": len(found["ours"]), "dtype": spec.dtype}
     line |= {"generate_prompts_at_once": at_once}
     line |= {f"{side}_mean_tokens": round(mean_tokens(results), 1) for side, results in found.items()}
     return line
@@ -133,7 +144,7 @@ def mean_tokens(results: Sequence[Result]) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="16 prompts, one turn")
+    parser.add_argument("--quick", action="store_true", help="8 prompts, at most 128 tokens, one turn")
     parser.add_argument("--model", type=Path, help="another checkpoint's folder")
     parser.add_argument("--dtype", choices=get_args(Dtype), help="of the weights (default: the faster one)")
     parser.add_argument("--prompts", type=int, help="use fewer of the questions")

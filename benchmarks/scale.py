@@ -11,8 +11,8 @@ One JSON line each:
 - `pair`: the pair stage, K = 8 traces of the teacher and 8 of the student a problem, so 2,000,000 in all: duplicates
   and near duplicates (ROUGE-L) are dropped, lengths checked in tokens, pairs made;
 - `sample`: the sample stage around a sampler that costs nothing, K = 8;
-- `verify`: for `number`, `choice` and `yes_no` the verifier alone and the stage from file to file, one process on one
-  core each;
+- `verify`: for `number`, `choice` and `yes_no` the verifier alone on one core, and the stage from file to file with as
+  many processes as there are cores;
 - `pair_series`: the pair stage with one of problems, K and characters a text varied, for the plot.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -75,9 +76,10 @@ def large(spec: Spec) -> Iterator[Line]:
 def verification(size: Size) -> Iterator[Line]:
     """Each verifier alone and in its stage."""
     for kind, characters in CHARACTERS.items():
-        spec = Spec("verify", "", kind, size.verified, characters=characters)
+        spec = Spec("verify", "", kind, size.verified, characters=characters, processes=os.cpu_count() or 1)
         alone, stage = with_texts(spec, "verifier", "verify")
         line = {"part": "verify", "verifier": kind, "traces": stage["traces"], "characters": characters}
+        line["stage_processes"] = spec.processes
         line["verifier_traces_per_second"] = _rate(alone)
         line["stage_traces_per_second"] = _rate(stage)
         yield line | {"stage_peak_bytes": stage["peak_bytes"]}

@@ -21,6 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+from orpo_distill.config import VerifySection
 from orpo_distill.records import FinishReason, JsonlAppender, Outcome, Problem, Trace, Verdict, write_jsonl
 from orpo_distill.samplers import Decoding
 from orpo_distill.samplers.scripted import Scripted
@@ -108,6 +109,7 @@ class Spec:
     characters: int = 560  # a text, on average
     tokenizer: str = ""
     max_length: int = 1024
+    processes: int = 1  # of the verify stage
 
 
 def texts(spec: Spec, number: int) -> tuple[Problem, Iterator[str]]:
@@ -231,7 +233,8 @@ def run_verify(spec: Spec) -> dict[str, Any]:
     """The verify stage, from file to file."""
     folder = Path(spec.folder)
     inputs = {"problems": folder / "problems", "traces": folder / "teacher"}
-    return verify(VerifyOptions(task=TASKS[spec.kind]), inputs, _out(spec))
+    options = VerifyOptions(task=TASKS[spec.kind], verify=VerifySection(processes=spec.processes))
+    return verify(options, inputs, _out(spec))
 
 
 def run_verifier(spec: Spec) -> dict[str, Any]:

@@ -124,9 +124,9 @@ class TrainSection(Options):
 
 
 class VerifySection(Options):
-    """How verifiers that can hang (math, and a user's own) are run."""
+    """How verdicts are made."""
 
-    timeout: float = Field(10.0, gt=0)  # seconds a trace
+    timeout: float = Field(10.0, gt=0)  # seconds a trace, for verifiers that can hang: math, and a user's own
     processes: Annotated[PositiveInt, SPEED_ONLY] = 1
 
 

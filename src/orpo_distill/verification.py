@@ -1,7 +1,8 @@
 """Verdicts for many traces: in this process, or in workers that are killed when a verifier hangs or crashes.
 
-A worker is a fresh Python that imports the verifier and nothing else: neither this process's `__main__` nor torch. It
-gets one trace at a time; one that takes too long costs its own verdict (FAILED) and a restart of the worker.
+A worker is a fresh Python that imports the verifier and nothing else: neither this process's `__main__` nor torch. With
+a verifier that may hang it gets one trace at a time; one that takes too long costs its own verdict (FAILED) and a
+restart of the worker.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -27,7 +29,8 @@ from orpo_distill.records import FinishReason, Outcome, Problem, Trace, Verdict
 from orpo_distill.verifiers import Verifier
 
 START_TIMEOUT = 120.0  # seconds a worker may take to import its verifier
-IN_FLIGHT = 4  # traces handed out ahead of the one whose verdict is awaited, for each worker
+IN_FLIGHT = 4  # batches handed out ahead of the one whose verdicts are awaited, for each worker
+BATCH = 128  # traces that a worker gets at once where the verifier cannot hang
 
 Item = tuple[Problem, Trace]
 
@@ -37,11 +40,12 @@ def verify_all(
 ) -> Iterator[Verdict]:
     """The verdicts on `items`, in their order, as they are found.
 
-    An isolated verifier runs in `processes` workers and has `timeout` seconds a trace. A trace without text, and one on
-    which the verifier raises, hangs or dies, is FAILED with the reason. Raises ConfigError if a worker cannot start.
+    An isolated verifier runs in `processes` workers and has `timeout` seconds a trace. Another one runs here; in workers
+    too where there are several. A trace without text, and one on which the verifier raises, hangs or dies, is FAILED
+    with the reason. Raises ConfigError if a worker cannot start.
     """
-    if verifier.isolated:
-        return _isolated(verifier, items, timeout, processes)
+    if verifier.isolated or processes > 1:
+        return _in_workers(verifier, items, timeout, processes)
     return (judge(verifier, problem, trace) for problem, trace in items)
 
 
@@ -63,28 +67,28 @@ def failed(trace: Trace, reason: str) -> Verdict:
     return Verdict(trace.id, Outcome.FAILED, None, reason)
 
 
-def _isolated(verifier: Verifier, items: Iterable[Item], timeout: float, processes: int) -> Iterator[Verdict]:
+def _in_workers(verifier: Verifier, items: Iterable[Item], timeout: float, processes: int) -> Iterator[Verdict]:
     workers = [Worker(verifier, timeout) for _ in range(processes)]
     idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
     for worker in workers:
         idle.put(worker)
 
-    def one(item: Item) -> Verdict:
+    def some(batch: Sequence[Item]) -> list[Verdict]:
         worker = idle.get()
         try:
-            return worker.judge(*item)
+            return worker.judge(batch)
         finally:
             idle.put(worker)
 
     pool = ThreadPoolExecutor(processes, thread_name_prefix="verify")
-    pending: deque[Future[Verdict]] = deque()
+    pending: deque[Future[list[Verdict]]] = deque()
     try:
-        for item in items:
-            pending.append(pool.submit(one, item))
+        for batch in _batches(items, 1 if verifier.isolated else BATCH):
+            pending.append(pool.submit(some, batch))
             if len(pending) >= IN_FLIGHT * processes:
-                yield pending.popleft().result()
+                yield from pending.popleft().result()
         while pending:
-            yield pending.popleft().result()
+            yield from pending.popleft().result()
     finally:
         for future in pending:
             future.cancel()
@@ -93,8 +97,14 @@ def _isolated(verifier: Verifier, items: Iterable[Item], timeout: float, process
         pool.shutdown()
 
 
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
 class Worker:
-    """A process that judges one trace at a time, started when first needed and again after it was killed."""
+    """A process that judges batches of traces, started when first needed and again after it was killed."""
 
     def __init__(self, verifier: Verifier, timeout: float) -> None:
         self._setup = (pickle.dumps(verifier), timeout)
@@ -103,24 +113,28 @@ class Worker:
         self._connection: Connection[Any, Any] | None = None
         self._closed = threading.Event()
 
-    def judge(self, problem: Problem, trace: Trace) -> Verdict:
-        """The worker's verdict, or a FAILED one. Raises ConfigError if the worker cannot start."""
-        if trace.finish_reason is FinishReason.ERROR:
-            return failed(trace, trace.error or "there is no text")
+    def judge(self, items: Sequence[Item]) -> list[Verdict]:
+        """The worker's verdicts, or FAILED ones. Raises ConfigError if the worker cannot start.
+
+        Where one of several traces costs the worker, each is judged again alone.
+        """
         connection = self._connection or self._start()
         try:
-            connection.send((problem, trace))
-            if connection.poll(self._timeout):
+            connection.send(items)
+            if connection.poll(self._timeout * len(items)):
                 found = connection.recv()
-                if isinstance(found, Verdict) and found.trace_id == trace.id:
-                    return found
+                if _answers(found, items):
+                    return list(found)
                 self.kill()
-                return failed(trace, "the verifier's process answered for another trace; did it fork?")
-            self.kill()
-            return failed(trace, f"the verifier took longer than {self._timeout:g} s")
+                reason = "the verifier's process answered for another trace; did it fork?"
+            else:
+                self.kill()
+                reason = f"the verifier took longer than {self._timeout:g} s"
         except (EOFError, OSError):
-            code = self.kill()
-            return failed(trace, f"the verifier's process died (exit code {code})")
+            reason = f"the verifier's process died (exit code {self.kill()})"
+        if len(items) > 1:
+            return [verdict for item in items for verdict in self.judge([item])]
+        return [failed(items[0][1], reason)]
 
     def close(self) -> None:
         """Kill the process; it will not start again."""
@@ -168,6 +182,13 @@ class Worker:
         return ours
 
 
+def _answers(found: object, items: Sequence[Item]) -> bool:
+    """Whether a worker's answer is a verdict on each of the traces."""
+    if not isinstance(found, list) or not all(isinstance(verdict, Verdict) for verdict in found):
+        return False
+    return [verdict.trace_id for verdict in found] == [trace.id for _, trace in items]
+
+
 def work(handle: str) -> None:
     """The worker's side: judge what comes through a connection, given by its file descriptor, until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -182,7 +203,8 @@ def work(handle: str) -> None:
         connection.send("")
         with open(os.devnull, "w") as silent:  # noqa: PTH123
             while True:
-                problem, trace = connection.recv()
-                faulthandler.dump_traceback_later(2 * timeout + 5, exit=True, file=silent)  # if the parent is gone
-                connection.send(judge(verifier, problem, trace))
+                items = connection.recv()
+                limit = 2 * timeout * len(items) + 5
+                faulthandler.dump_traceback_later(limit, exit=True, file=silent)  # if the parent is gone
+                connection.send([judge(verifier, problem, trace) for problem, trace in items])
                 faulthandler.cancel_dump_traceback_later()

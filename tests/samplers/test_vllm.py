@@ -1,0 +1,182 @@
+"""The vllm sampler: its own mistakes here, its contract against vLLM's engine in `make test-vllm`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, LlamaForCausalLM
+
+from benchmarks.environments import python_of
+from orpo_distill.errors import ConfigError, ModelError
+from orpo_distill.models import load_model, load_tokenizer
+from orpo_distill.records import FinishReason, Message
+from orpo_distill.samplers import Completion, Decoding, Generate, Request
+from orpo_distill.samplers.hf import HF
+from orpo_distill.samplers.prompts import encode_prompt
+from orpo_distill.samplers.vllm import VLLM, root_cause
+from tests.checkpoints import CHAT_TEMPLATE, CONTEXT, save_tiny_checkpoint
+
+GREEDY = Decoding(temperature=0, max_new_tokens=30)
+QUESTIONS = ("abc", "bad", "hedge a cab", "deaf head fed a bad cab " * 3)
+engine_needed = pytest.mark.vllm
+
+
+def request(question: str, index: int = 0) -> Request:
+    return Request(question, index, (Message("user", question),), seed=1000 * len(question) + index)
+
+
+def test_an_environment_without_vllm_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected vLLM in the environment of .* install vLLM in an environment"):
+        VLLM(python=sys.executable).check()
+    with pytest.raises(ConfigError, match=r"expected a Python interpreter at .*/nothing, found: No such file"):
+        VLLM(python=tmp_path / "nothing").check()
+
+
+def test_the_root_cause_is_the_first_error_that_is_not_about_another_process() -> None:
+    log = [
+        "INFO loading",
+        "(EngineCore pid=7) ERROR 11-24 [core.py:1] ValueError: head size 8 is not supported",
+        "RuntimeError: Engine core initialization failed. See root cause above.",
+    ]
+    assert root_cause(log) == "ValueError: head size 8 is not supported"
+    assert root_cause(log[::2]) == ""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with heads of 32, the least that vLLM takes on a CPU."""
+    folder = save_tiny_checkpoint(
+        tmp_path_factory.mktemp("vllm") / "model", vocab="abcdefgh ", seed=3, chat_template=CHAT_TEMPLATE
+    )
+    config = AutoConfig.from_pretrained(folder)
+    config.head_dim = 32
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def sampler() -> VLLM:
+    return VLLM(python=python_of("vllm"), dtype="float32", gpu_memory_utilization=0.1, extra={"enforce_eager": True})
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[Generate]:
+    with sampler().open(str(model)) as generate:
+        yield generate
+
+
+def complete(generate: Generate, requests: list[Request], decoding: Decoding) -> list[Completion]:
+    """Completions in the order of the requests, each of which is answered once."""
+    answers = list(generate(requests, decoding))
+    found = {completion.request: completion for completion in answers}
+    assert len(answers) == len(found) == len(requests)
+    return [found[one] for one in requests]
+
+
+def by_hf(folder: Path, requests: list[Request], decoding: Decoding) -> list[Completion]:
+    with HF().open(str(folder)) as generate:
+        return complete(generate, requests, decoding)
+
+
+@engine_needed
+def test_greedy_completions_are_those_of_the_hf_sampler(model: Path, engine: Generate) -> None:
+    """Texts, counts and reasons to end; a prompt that leaves no room; stop texts."""
+    requests = [request(question, index) for question in QUESTIONS for index in range(3)] + [request("a" * CONTEXT)]
+    expected = by_hf(model, requests, GREEDY)
+    assert complete(engine, requests, GREEDY) == expected
+    assert expected[-1].finish_reason is FinishReason.ERROR
+    stop = expected[0].text[4:6]
+    stopping = GREEDY.model_copy(update={"stop": ("zz", stop)})
+    for found, reference in zip(complete(engine, requests, stopping), by_hf(model, requests, stopping), strict=True):
+        assert (found.text, found.finish_reason) == (reference.text, reference.finish_reason)
+
+
+@engine_needed
+def test_a_sample_does_not_depend_on_its_neighbours(engine: Generate) -> None:
+    decoding = Decoding(temperature=1, top_p=0.95, max_new_tokens=25)
+    requests = [request(question, index) for question in QUESTIONS for index in range(8)]
+    together = complete(engine, requests, decoding)
+    assert together == complete(engine, requests[::-1], decoding)[::-1]
+    assert together[::9] == [complete(engine, [one], decoding)[0] for one in requests[::9]]
+    assert len({completion.text for completion in together}) > 20
+
+
+@engine_needed
+@pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"temperature": 1.3, "top_k": 3}])
+def test_samples_follow_the_models_probabilities(model: Path, engine: Generate, settings: dict[str, float]) -> None:
+    """One token, 2,000 samples: chi-square with 4 standard deviations allowed. Special tokens have one text: none."""
+    decoding = Decoding(max_new_tokens=1, **settings)
+    requests = [request("cab", index) for index in range(2000)]
+    found = Counter(completion.text for completion in complete(engine, requests, decoding))
+    tokenizer = load_tokenizer(str(model))
+    ids = torch.tensor([encode_prompt(tokenizer, requests[0].messages)])
+    with torch.no_grad():
+        logits = load_model(str(model))(ids).logits[0, -1].double() / decoding.temperature
+    if decoding.top_k:
+        logits[logits < logits.topk(decoding.top_k).values[-1]] = float("-inf")
+    expected: Counter[str] = Counter()
+    for token, probability in enumerate(logits.softmax(-1).tolist()):
+        expected[tokenizer.decode([token], skip_special_tokens=True)] += 2000 * probability
+    assert all(expected[text] > 0 for text in found)
+    cells = [text for text, count in expected.items() if count >= 5]
+    statistic = sum((found[cell] - expected[cell]) ** 2 / expected[cell] for cell in cells)
+    assert statistic < len(cells) + 4 * (2 * len(cells)) ** 0.5
+
+
+@engine_needed
+def test_an_adapter_is_applied(model: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(load_model(str(model)), config)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.normal_(std=0.2)
+    adapted.save_pretrained(tmp_path)
+    requests = [request(question) for question in QUESTIONS]
+    expected = by_hf(tmp_path, requests, GREEDY)
+    assert [one.text for one in expected] != [one.text for one in by_hf(model, requests, GREEDY)]
+    with sampler().open(str(tmp_path)) as generate:
+        assert complete(generate, requests, GREEDY) == expected
+
+
+@engine_needed
+def test_a_checkpoint_that_vllm_cannot_load_is_one_message(model: Path, tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path, vocab="abc")  # heads of 8
+    reason = r"expected vLLM to sample from .*, found: .*[Hh]ead"
+    with pytest.raises(ModelError, match=reason) as caught, sampler().open(str(folder)):
+        raise AssertionError("it opened")
+    assert "Traceback" not in str(caught.value)
+
+
+@engine_needed
+def test_the_engine_dies_with_the_process_that_opened_it(model: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from orpo_distill.samplers.vllm import VLLM\n"
+        f"with VLLM.model_validate_json({sampler().model_dump_json()!r}).open({str(model)!r}) as engine:\n"
+        "    print(engine.process.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        os.killpg(worker, 0)
+        process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+    pytest.fail("the engine's processes are still there")
