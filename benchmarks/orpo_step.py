@@ -22,8 +22,8 @@ at the loaded weights. `floor_ratio` is this trainer's time over (6 x parameters
 each prompt and each trace once, parameters the tied output layer once; the rate is the best seen, in the same runs, of
 products in the model's own shapes and type on all cores.
 
-In the second, `"setting": "low_memory"`, on the first problem, this trainer spreads the traces over passes of at most
-`tokens_per_batch` tokens and recomputes activations; TRL has a batch of 1.
+In the second, `"setting": "low_memory"`, on the first problem (on all_pairs 16 pairs of it), this trainer spreads the
+traces over passes of at most `tokens_per_batch` tokens and recomputes activations; TRL has a batch of 1.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ class Runner:
 def compare(workload: str, runner: Runner, size: Size) -> Iterator[dict[str, Any]]:
     """The JSON lines of one workload."""
     steps = problems(workload, load_tokenizer(str(runner.model)))[: size.problems]
+    some = steps[0][: 2 * TRACES]
     part = [step[: size.trl_pairs] for step in steps]
     warm, warm_part = shortened(steps[0]), shortened(part[0])
     best, trials = size.batches[0], dict[int, Result]()
@@ -143,16 +144,16 @@ def compare(workload: str, runner: Runner, size: Size) -> Iterator[dict[str, Any
     yield {
         **first,
         **peaks(round(median(run.peak_bytes[0] for run in ours)), memory.peak_bytes[0]),
-        "max_loss_difference": loss_difference(steps[0][: 2 * TRACES], runner),
+        "max_loss_difference": loss_difference(some, runner),
         "trl_pairs_per_second_batch_1": round(pairs_per_second(part[:1], [trials[1]]), 3),
         "trl_memory_batch": memory_batch,
     }
-    spread = runner.ours([warm, steps[0]], LOW_MEMORY, checkpointing=True)
+    spread = runner.ours([warm, some], LOW_MEMORY, checkpointing=True)
     yield {
         "workload": workload,
         "setting": "low_memory",
         "dtype": runner.dtype,
-        **speeds(steps[:1], [spread], part[:1], [trials[1]]),
+        **speeds([some], [spread], part[:1], [trials[1]]),
         **peaks(spread.peak_bytes[0], trials[1].peak_bytes[0]),
         "tokens_per_batch": LOW_MEMORY,
     }

@@ -183,7 +183,7 @@ class Engine:
         found = said if said and not any(text in said for text in NO_CAUSE) else root_cause(lines) or said or ended
         last = "\n".join(f"    {line}" for line in lines[-LAST_LINES:])
         return ModelError(
-            f"expected vLLM to sample from {self.model}, found: {found}; what was finished is kept: mend it (see the "
+            f"expected vLLM to sample from {self.model}, found: {' '.join(found.split())}; what was finished is kept: mend it (see the "
             f"sampler's options, and `extra` for vLLM's own) and run the same command. It said last:\n{last}"
         )
 
