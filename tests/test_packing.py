@@ -51,6 +51,14 @@ def test_a_group_that_does_not_fit_is_cut_between_pairs() -> None:
     assert [packed_tokens(batch) for batch in batches] == [10, 10]
 
 
+def test_pairs_that_share_traces_are_cut_together() -> None:
+    """All 16 pairs of 4 and 4 traces, as far apart as can be; 4 traces fit. In their order it would take 8 passes."""
+    rows = [row((1,), (2, 3, n), (4, 5, (n + shift) % 4)) for shift in range(4) for n in range(4)]
+    batches = micro_batches(rows, 13)
+    assert len(batches) <= 5
+    assert sorted(map(len, batches))[-1] == 4
+
+
 def test_batches_are_about_equally_large() -> None:
     rows = [row((number,), range(10 * number), (1,)) for number in range(1, 9)]
     sizes = [packed_tokens(batch) for batch in micro_batches(rows, 130)]

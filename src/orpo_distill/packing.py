@@ -22,8 +22,9 @@ SAME_LENGTH = 0.75  # traces at least this share of the longest are padded to it
 def micro_batches(rows: Sequence[Row], tokens_per_batch: int, processes: int = 1) -> list[list[Row]]:
     """A step's rows in micro-batches of at most `tokens_per_batch` packed tokens: the same number for every process.
 
-    Process i of n takes batches i, i + n, ... Groups stay whole where they fit; one that does not is cut into runs of
-    pairs, and a single pair may exceed the budget. Batches are about equally large; those to spare are empty.
+    Process i of n takes batches i, i + n, ... Groups stay whole where they fit; one that does not is cut between pairs,
+    and a trace that stands in several of its parts is computed in each. A single pair may exceed the budget. Batches
+    are about equally large; those to spare are empty.
     """
     pieces = sorted(_pieces(rows, tokens_per_batch), key=packed_tokens, reverse=True)
     for passes in itertools.count(1):
@@ -46,18 +47,37 @@ def packed_tokens(rows: Sequence[Row]) -> int:
 
 
 def _pieces(rows: Sequence[Row], limit: int) -> Iterator[list[Row]]:
-    """The rows of each prompt, cut where they would exceed the limit."""
+    """The rows of each prompt, cut where they would exceed the limit: pairs with traces in common stay together."""
     by_prompt: dict[Tokens, list[Row]] = {}
     for row in rows:
         by_prompt.setdefault(row.prompt, []).append(row)
-    for group in by_prompt.values():
-        piece: list[Row] = []
-        for row in group:
-            if piece and packed_tokens([*piece, row]) > limit:
-                yield piece
-                piece = []
-            piece.append(row)
-        yield piece
+    for prompt, group in by_prompt.items():
+        if packed_tokens(group) <= limit:
+            yield group
+            continue
+        while group:
+            piece, group = _piece(group, limit - len(prompt))
+            yield piece
+
+
+def _piece(group: Sequence[Row], room: int) -> tuple[list[Row], list[Row]]:
+    """The first row, with those that add the fewest tokens while they fit; and the rows that are left."""
+    left = list(group)
+    piece: list[Row] = []
+    traces: set[Tokens] = set()
+
+    def adds(row: Row) -> int:
+        return sum(len(trace) for trace in {row.chosen, row.rejected} - traces)
+
+    while left:
+        row = min(left, key=adds) if piece else left[0]
+        if piece and adds(row) > room:
+            break
+        room -= adds(row)
+        traces |= {row.chosen, row.rejected}
+        left.remove(row)
+        piece.append(row)
+    return piece, left
 
 
 @dataclass(frozen=True, slots=True)
