@@ -54,7 +54,7 @@ class Result:
 
 
 def settings(spec: Spec, out: str) -> dict[str, Any]:
-    """Training arguments of both sides: AdamW, clipping, bf16 weights without autocast, nothing logged."""
+    """Training arguments of both sides: AdamW, clipping, no autocast, nothing logged."""
     return {
         "output_dir": out,
         "learning_rate": 5e-6,

@@ -63,4 +63,5 @@ def missing_extra(package: str, extra: str) -> ConfigError:
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether an engine's error says that memory ran out."""
     words = ("out of memory", "can't allocate memory", "not enough memory")  # accelerators, Linux, Windows
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, not imported here
+    return named or any(word in str(error) for word in words)

@@ -49,12 +49,12 @@ class Launcher:
 
     def _run_shards(self, stage: Stage, inputs: Mapping[str, Path], out: Path, count: int) -> None:
         """Each process samples its share of the problems into its own partial file; the caller merges them."""
-        jobs = []
+        jobs, devices = [], stage.options.sampler.devices  # type: ignore[attr-defined]  # what has shards samples
         for index in range(count):
             options = stage.options.model_copy(update={"shard": (index, count)})
             path = _write_call(stage.work, options, inputs, out, f"call-{index}.json")
             command = [sys.executable, "-m", "orpo_distill.call", str(path)]
-            jobs.append(Job(command, _device_environment(index, count), path))
+            jobs.append(Job(command, _device_environment(index, count, devices), path))
         run_jobs(stage.name, jobs)
 
     def _run_accelerate(self, stage: Stage, inputs: Mapping[str, Path], out: Path, processes: int) -> Metrics:
@@ -209,18 +209,19 @@ def _write_call(work: str, options: Any, inputs: Mapping[str, Path], out: Path, 
     return path
 
 
-def _device_environment(index: int, count: int) -> dict[str, str]:
-    """The environment of one shard: its own GPU where there are some, its share of the cores otherwise."""
+def _device_environment(index: int, count: int, devices: int) -> dict[str, str]:
+    """The environment of one shard: its own GPUs (`devices` each) where there are some, else its share of the cores."""
     environment = dict(os.environ)
     gpus = _gpus()
     if not gpus:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
         return environment
-    if count > len(gpus):
+    if count * devices > len(gpus):
         raise ModelError(
-            f"expected a GPU for each of launch.sample.processes={count}, found {len(gpus)}; lower the setting"
+            f"expected {devices} GPU(s) for each of launch.sample.processes={count}, found {len(gpus)} in all; "
+            "lower the setting"
         )
-    environment["CUDA_VISIBLE_DEVICES"] = gpus[index]
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[index * devices : (index + 1) * devices])
     return environment
 
 

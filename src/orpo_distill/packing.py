@@ -7,7 +7,7 @@ token attends to (its prompt and its own trace) is `attention`'s business; posit
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,24 +16,31 @@ from orpo_distill.groups import Row, Tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
+Size = Callable[[Sequence[Row]], int]
+
 SAME_LENGTH = 0.75  # traces at least this share of the longest are padded to it for attention
 
 
-def micro_batches(rows: Sequence[Row], tokens_per_batch: int, processes: int = 1) -> list[list[Row]]:
-    """A step's rows in micro-batches of at most `tokens_per_batch` packed tokens: the same number for every process.
+def micro_batches(
+    rows: Sequence[Row], tokens_per_batch: int, processes: int = 1, size: Size | None = None
+) -> list[list[Row]]:
+    """A step's rows in micro-batches of at most `tokens_per_batch` tokens: the same number for every process.
+
+    `size` counts the tokens of rows: `packed_tokens`, or `padded_tokens` for a model that cannot pack.
 
     Process i of n takes batches i, i + n, ... Groups stay whole where they fit; one that does not is cut between pairs,
     and a trace that stands in several of its parts is computed in each. A single pair may exceed the budget. Batches
     are about equally large; those to spare are empty.
     """
-    pieces = sorted(_pieces(rows, tokens_per_batch), key=packed_tokens, reverse=True)
+    size = size or packed_tokens
+    pieces = sorted(_pieces(rows, tokens_per_batch, size), key=size, reverse=True)
     for passes in itertools.count(1):
         bins: list[list[Row]] = [[] for _ in range(passes * processes)]
         sizes = [0] * len(bins)
         for piece in pieces:
             place = sizes.index(min(sizes))
             bins[place] += piece
-            sizes[place] += packed_tokens(piece)
+            sizes[place] = size(bins[place])
         if passes * processes >= len(pieces) or max(sizes) <= tokens_per_batch:
             return bins
     raise AssertionError("one piece a bin is the end of it")
@@ -46,22 +53,28 @@ def packed_tokens(rows: Sequence[Row]) -> int:
     return sum(map(len, prompts)) + sum(len(trace) for _, trace in traces)
 
 
-def _pieces(rows: Sequence[Row], limit: int) -> Iterator[list[Row]]:
+def padded_tokens(rows: Sequence[Row]) -> int:
+    """Tokens that the rows take where every distinct trace is a row of its own behind its prompt, all padded alike."""
+    traces = {(row.prompt, trace) for row in rows for trace in (row.chosen, row.rejected) if trace}
+    return len(traces) * max((len(prompt) + len(trace) for prompt, trace in traces), default=0)
+
+
+def _pieces(rows: Sequence[Row], limit: int, size: Size) -> Iterator[list[Row]]:
     """The rows of each prompt, cut where they would exceed the limit: pairs with traces in common stay together."""
     by_prompt: dict[Tokens, list[Row]] = {}
     for row in rows:
         by_prompt.setdefault(row.prompt, []).append(row)
-    for prompt, group in by_prompt.items():
-        if packed_tokens(group) <= limit:
+    for group in by_prompt.values():
+        if size(group) <= limit:
             yield group
             continue
         while group:
-            piece, group = _piece(group, limit - len(prompt))
+            piece, group = _piece(group, limit, size)
             yield piece
 
 
-def _piece(group: Sequence[Row], room: int) -> tuple[list[Row], list[Row]]:
-    """The first row, with those that add the fewest tokens while they fit; and the rows that are left."""
+def _piece(group: Sequence[Row], limit: int, size: Size) -> tuple[list[Row], list[Row]]:
+    """The first row, with those that add the fewest tokens of traces while they fit; and the rows that are left."""
     left = list(group)
     piece: list[Row] = []
     traces: set[Tokens] = set()
@@ -71,9 +84,8 @@ def _piece(group: Sequence[Row], room: int) -> tuple[list[Row], list[Row]]:
 
     while left:
         row = min(left, key=adds) if piece else left[0]
-        if piece and adds(row) > room:
+        if piece and size([*piece, row]) > limit:
             break
-        room -= adds(row)
         traces |= {row.chosen, row.rejected}
         left.remove(row)
         piece.append(row)

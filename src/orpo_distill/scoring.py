@@ -27,7 +27,7 @@ from orpo_distill.head import label_logps, pick
 from orpo_distill.objectives import ScoredGroups
 from orpo_distill.packing import Batch, collate, pad
 
-# Nats, mean over tokens. In bfloat16 another order of summation alone moves SmolLM2's by 0.04 to 0.06.
+# Nats, mean over tokens. In bfloat16 rounding alone moves SmolLM2's by about 0.04 (docs/performance.md).
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.15}
 SAME_LOGITS = 1e-3  # nats, where one and the same thing is computed twice
 TRIED = 64  # labels at the end of each trace that `prepare` compares

@@ -28,7 +28,7 @@ from orpo_distill.groups import Row
 from orpo_distill.interrupt import Stop
 from orpo_distill.models import save_checkpoint
 from orpo_distill.objectives import Objective
-from orpo_distill.packing import collate, micro_batches, packed_tokens
+from orpo_distill.packing import collate, micro_batches, packed_tokens, padded_tokens
 from orpo_distill.progress import say
 from orpo_distill.records import derive_seed, write_text
 from orpo_distill.scoring import prepare, score
@@ -95,6 +95,7 @@ class GroupTrainer(Trainer):
         self.tokenizer = tokenizer
         longest = max((row for step in course.steps for row in step), key=lambda row: row.length)
         route = prepare(model, [longest], bool(args.activation_checkpointing))
+        self._size = packed_tokens if route.groups else padded_tokens
         for reason in route.reasons if args.process_index == 0 else ():
             say(f"  {type(model).__name__}: {reason}; training is right, but slower and larger")
         self.under_way: Sequence[Row] = ()  # the rows of the micro-batch in memory
@@ -118,7 +119,7 @@ class GroupTrainer(Trainer):
         torch.manual_seed(derive_seed(self.args.seed, "dropout", number, self.args.process_index))
         model.train()
         rows = self.course.rows(number)
-        batches = micro_batches(rows, self.course.tokens_per_batch, world)
+        batches = micro_batches(rows, self.course.tokens_per_batch, world, self._size)
         own = batches[self.args.process_index :: world]
         self._step = _Step(number, rows, self._get_learning_rate())
         for place, batch in enumerate(own, start=1):

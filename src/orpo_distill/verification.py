@@ -40,9 +40,9 @@ def verify_all(
 ) -> Iterator[Verdict]:
     """The verdicts on `items`, in their order, as they are found.
 
-    An isolated verifier runs in `processes` workers and has `timeout` seconds a trace. Another one runs here; in workers
-    too where there are several. A trace without text, and one on which the verifier raises, hangs or dies, is FAILED
-    with the reason. Raises ConfigError if a worker cannot start.
+    An isolated verifier runs in `processes` workers and has `timeout` seconds a trace. Another one runs here, or in
+    workers too if there are to be several. A trace without text, and one on which the verifier raises, hangs or dies,
+    is FAILED with the reason. Raises ConfigError if a worker cannot start.
     """
     if verifier.isolated or processes > 1:
         return _in_workers(verifier, items, timeout, processes)

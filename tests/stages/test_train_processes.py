@@ -104,7 +104,7 @@ def test_full_disk_says_so_and_leaves_no_half_checkpoint(tmp_path: Path) -> None
 
 
 def test_too_little_memory_names_the_setting_and_the_longest_group(tmp_path: Path) -> None:
-    """129 distinct traces of 201 tokens over 40,000 words in one batch: their logits take 4 GB, asked for at once."""
+    """129 distinct traces of 201 tokens over 40,000 words in one batch, and 400 MB for all of it."""
     folder = save_tiny_checkpoint(tmp_path / "model")
     model = load_model(str(folder), "float32", "cpu")
     model.resize_token_embeddings(40_000, mean_resizing=False)
@@ -115,7 +115,7 @@ def test_too_little_memory_names_the_setting_and_the_longest_group(tmp_path: Pat
     ]
     pairs = write_pairs(tmp_path / "pairs", rows)
     what = options(folder, pairs_per_step=128, tokens_per_batch=1_000_000)
-    process = start(*command(what, pairs, tmp_path / "out", "memory=1000000000"))
+    process = start(*command(what, pairs, tmp_path / "out", "memory=400000000"))
     _, errors = process.communicate()
     assert process.returncode == 1, errors.decode()
     assert "expected a micro-batch of 128 pairs (36210 tokens) to fit into memory" in errors.decode()

@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from orpo_distill.errors import ran_out_of_memory
+
 ATTENTION = "orpo_distill_shared_prompts"  # the name under which transformers knows `attend`
 CACHE_OPTIONS = ("cache", "past_key_values")  # of a model's forward: transformers 5.24 renamed it, not everywhere
 ROOM = 32  # columns that a buffer grows by
@@ -214,6 +216,8 @@ def attend(
     Query heads that share keys stand side by side like queries, and so do rows that share a prompt: no key is repeated.
     `options` holds the `Step` as `shared`, and `softcap` where a model caps its scores.
     """
+    if unknown := [name for name in ("s_aux", "position_bias") if options.get(name) is not None]:
+        raise ValueError(f"attention with {', '.join(unknown)}")
     step: Step = options["shared"]
     layer: Any = module.layer_idx
     keys, values = step.append(layer, key, value)
@@ -278,9 +282,9 @@ def _agrees(model: PreTrainedModel) -> bool:
         with shared_attention(model):
             for count, token in enumerate(text[half - 1 :]):
                 logits = cache.logits(np.array([token, token]), np.array([count, count]))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a model's own code does with an attention that it does not expect
+    except Exception as error:  # whatever a model's own code does with an attention that it does not expect
+        if ran_out_of_memory(error):
+            raise
         return False
     allowed = torch.finfo(plain.dtype).eps ** 0.5 * float(plain.abs().max())
     return bool((logits - plain).abs().max() <= allowed)

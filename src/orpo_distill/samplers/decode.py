@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from orpo_distill import progress
+from orpo_distill.errors import ran_out_of_memory
 from orpo_distill.samplers import Decoding
 from orpo_distill.samplers.cache import SharedCache, shared_attention
 from orpo_distill.samplers.draw import draw, uniforms
@@ -115,8 +116,10 @@ def decode(model: PreTrainedModel, jobs: Iterable[Job], rules: Rules, rows: int)
                 del left[drawn.index]
                 yield drawn
             return
-        except torch.OutOfMemoryError:
-            failed = batch.newest
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            failed, rows = batch.newest, batch.capacity
         del batch
         torch.cuda.empty_cache()
         if rows > 1:
@@ -141,6 +144,7 @@ class Batch:
         self.cache = SharedCache(model, min(self.capacity, max(map(len, parts))))
         self.waiting = deque(sorted(parts, key=lambda part: -len(part[0].prompt)))
         self.newest = -1
+        self.steps = 0
         self.ends = np.array(rules.ends, np.int64)
 
     def run(self) -> Iterator[Drawn]:
@@ -149,12 +153,11 @@ class Batch:
             self._rearrange()
             if not len(self.rows):
                 return
-            steps = 0
             with shared_attention(self.model):
                 while self.rows.done.sum() < max(1.0, LEAVE_SHARE * len(self.rows)):
                     self._step()
-                    steps += 1
-                    if self.rules.stops and steps % STOP_EVERY == 0:
+                    self.steps += 1
+                    if self.rules.stops and self.steps % STOP_EVERY == 0:
                         self._look_for_stops(self.rules.stops)
             for row in np.flatnonzero(self.rows.done):
                 tokens = self.rows.text[row, : self.rows.count[row]].tolist()

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from orpo_distill import progress
+from orpo_distill.errors import ran_out_of_memory
 from orpo_distill.samplers.decode import Drawn, Job, Rules
 from orpo_distill.samplers.draw import draw, uniforms
 
@@ -41,7 +42,9 @@ def decode_by_generate(model: PreTrainedModel, jobs: Sequence[Job], rules: Rules
         wave = waiting[:rows]
         try:
             found = _wave(model, wave, rules)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
             found = None
         if found is not None:
             yield from found

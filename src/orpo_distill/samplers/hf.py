@@ -27,8 +27,9 @@ class HF(Sampler):
     """Local folders, hub ids and LoRA adapters, through transformers.
 
     A trace's text follows from its prompt, its seed and the decoding settings alone, except for rounding: other rows of
-    the batch change the logits by about 1e-6 in float32 (1e-2 in bfloat16), and that is about the probability of each
-    token to come out otherwise. The checkpoint's own sampling defaults (top-k, repetition penalty) are not used.
+    the batch change the logits by about 1e-6 in float32 (by hundredths in bfloat16, whose numbers from 8 to 16 are 0.06
+    apart), and that is about the probability of each token to come out otherwise. The checkpoint's own sampling
+    defaults (top-k, repetition penalty) are not used.
     """
 
     rows: Annotated[PositiveInt, SPEED_ONLY] = 512  # traces decoded at once; halved when memory runs out

@@ -181,9 +181,10 @@ class Engine:
         code = self.process.returncode
         ended = f"its process was killed by signal {-code}" if code and code < 0 else f"its process ended with {code}"
         found = said if said and not any(text in said for text in NO_CAUSE) else root_cause(lines) or said or ended
+        found = " ".join(found.split())
         last = "\n".join(f"    {line}" for line in lines[-LAST_LINES:])
         return ModelError(
-            f"expected vLLM to sample from {self.model}, found: {' '.join(found.split())}; what was finished is kept: mend it (see the "
+            f"expected vLLM to sample from {self.model}, found: {found}; what was finished is kept: mend it (see the "
             f"sampler's options, and `extra` for vLLM's own) and run the same command. It said last:\n{last}"
         )
 

@@ -34,10 +34,10 @@ def main() -> None:
     """Load the engine, then serve until stdin ends."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    sys.path.remove(str(Path(__file__).parent))  # its vllm.py is not the engine
-    signal.signal(
-        signal.SIGTERM, lambda *_: None
-    )  # a function, not SIG_IGN, which the engine's processes would inherit
+    here = str(Path(__file__).parent)
+    sys.path[:] = [path for path in sys.path if path != here]  # its vllm.py is not the engine
+    # A function, not SIG_IGN, which the engine's processes would inherit.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     lines: Queue[str] = Queue()
     ending = threading.Event()
     threading.Thread(target=_read, args=(lines, ending), daemon=True).start()
