@@ -21,31 +21,6 @@ Size = Callable[[Sequence[Row]], int]
 SAME_LENGTH = 0.75  # traces at least this share of the longest are padded to it for attention
 
 
-def micro_batches(
-    rows: Sequence[Row], tokens_per_batch: int, processes: int = 1, size: Size | None = None
-) -> list[list[Row]]:
-    """A step's rows in micro-batches of at most `tokens_per_batch` tokens: the same number for every process.
-
-    `size` counts the tokens of rows: `packed_tokens`, or `padded_tokens` for a model that cannot pack.
-
-    Process i of n takes batches i, i + n, ... Groups stay whole where they fit; one that does not is cut between pairs,
-    and a trace that stands in several of its parts is computed in each. A single pair may exceed the budget. Batches
-    are about equally large; those to spare are empty.
-    """
-    size = size or packed_tokens
-    pieces = sorted(_pieces(rows, tokens_per_batch, size), key=size, reverse=True)
-    for passes in itertools.count(1):
-        bins: list[list[Row]] = [[] for _ in range(passes * processes)]
-        sizes = [0] * len(bins)
-        for piece in pieces:
-            place = sizes.index(min(sizes))
-            bins[place] += piece
-            sizes[place] = size(bins[place])
-        if passes * processes >= len(pieces) or max(sizes) <= tokens_per_batch:
-            return bins
-    raise AssertionError("one piece a bin is the end of it")
-
-
 def packed_tokens(rows: Sequence[Row]) -> int:
     """Tokens that the rows take when they are packed: every prompt once and every distinct trace once."""
     prompts = {row.prompt for row in rows}
@@ -57,6 +32,30 @@ def padded_tokens(rows: Sequence[Row]) -> int:
     """Tokens that the rows take where every distinct trace is a row of its own behind its prompt, all padded alike."""
     traces = {(row.prompt, trace) for row in rows for trace in (row.chosen, row.rejected) if trace}
     return len(traces) * max((len(prompt) + len(trace) for prompt, trace in traces), default=0)
+
+
+def micro_batches(
+    rows: Sequence[Row], tokens_per_batch: int, processes: int = 1, size: Size = packed_tokens
+) -> list[list[Row]]:
+    """A step's rows in micro-batches of at most `tokens_per_batch` tokens: the same number for every process.
+
+    `size` counts the tokens of rows: `packed_tokens`, or `padded_tokens` for a model that cannot pack.
+
+    Process i of n takes batches i, i + n, ... Groups stay whole where they fit; one that does not is cut between pairs,
+    and a trace that stands in several of its parts is computed in each. A single pair may exceed the budget. Batches
+    are about equally large; those to spare are empty.
+    """
+    pieces = sorted(_pieces(rows, tokens_per_batch, size), key=size, reverse=True)
+    for passes in itertools.count(1):
+        bins: list[list[Row]] = [[] for _ in range(passes * processes)]
+        sizes = [0] * len(bins)
+        for piece in pieces:
+            place = sizes.index(min(sizes))
+            bins[place] += piece
+            sizes[place] = size(bins[place])
+        if passes * processes >= len(pieces) or max(sizes) <= tokens_per_batch:
+            return bins
+    raise AssertionError("one piece a bin is the end of it")
 
 
 def _pieces(rows: Sequence[Row], limit: int, size: Size) -> Iterator[list[Row]]:
