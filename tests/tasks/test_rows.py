@@ -16,6 +16,7 @@ from orpo_distill.tasks.rows import Row, hub_rows, read_rows, split_files
 
 LINES = '{"question": "a"}\n\n{"question": "b\u2028"}\n'
 FIELDS = [{"question": "a"}, {"question": "b\u2028"}]
+CUT_SHORT = gzip.compress(b"{}\n" * 1000, mtime=0)[:-12]
 
 
 def fields(rows: list[Row]) -> list[object]:
@@ -44,7 +45,7 @@ def test_a_row_knows_its_line(tmp_path: Path) -> None:
         ("a.jsonl", b"{}\n\xff\xfe\n", r"a\.jsonl:2: expected UTF-8"),
         ("a.jsonl", b"\n \n", r"a\.jsonl: expected at least one problem, found none"),
         ("a.jsonl.gz", b"{}\n", r"a\.jsonl\.gz: expected a gzip file"),
-        ("a.jsonl.gz", gzip.compress(b"{}\n" * 1000, mtime=0)[:-12], r"a\.jsonl\.gz: expected a gzip file, found it damaged"),
+        ("a.jsonl.gz", CUT_SHORT, r"a\.jsonl\.gz: expected a gzip file, found it damaged"),
         ("a.parquet", b"{}\n", r"a\.parquet: expected a parquet file"),
         ("a.csv", b"question\n", r"expected a file that ends in \.jsonl, \.jsonl\.gz, \.parquet"),
     ],
