@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orpo_distill.errors import DataError
-from orpo_distill.groups import default_steps, schedule, tokenize
+from orpo_distill.groups import default_steps, most_tokens, schedule, token_counts, tokenize
 from orpo_distill.records import Message, Pair
 from tests.checkpoints import BOS, CHAT_TEMPLATE, tiny_tokenizer
 
@@ -97,3 +97,17 @@ def test_text_that_spells_a_special_token_is_text() -> None:
     (found,) = tokenize([pair], tokenizer, 200, True)
     assert found.chosen.count(tokenizer.eos_token_id) == 1
     assert found.chosen[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "plain text, 12 + 3", "Tomás", "ﷺﷺ", "日本語 and 中文", "İIıi", "🙂 ok"]
+)
+def test_no_tokenizer_exceeds_the_bound(text: str) -> None:
+    """The byte-level tokenizer of the tiny checkpoints, and one that normalises (NFKD, lower case) to bytes."""
+    from tokenizers import Tokenizer, models, normalizers
+
+    plain = tiny_tokenizer()
+    normalising = Tokenizer(models.BPE(vocab={f"<0x{n:02X}>": n for n in range(256)}, merges=[], byte_fallback=True))
+    normalising.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.Lowercase()])
+    assert token_counts(plain, [text])[text] <= most_tokens(text)
+    assert len(normalising.encode(text, add_special_tokens=False).ids) <= most_tokens(text)

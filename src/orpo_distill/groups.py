@@ -141,3 +141,24 @@ def _shuffled(indices: Iterable[int], problem_ids: Sequence[str], coin: random.R
     problems = list(by_problem.values())
     coin.shuffle(problems)
     return [index for problem in problems for index in problem]
+
+
+def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, int]:
+    """Length of each text in the student's tokens, without special tokens."""
+    unique = list(dict.fromkeys(texts))
+    if not unique:
+        return {}
+    encoded = tokenizer(
+        unique, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )
+    return {text: len(ids) for text, ids in zip(unique, encoded["input_ids"], strict=True)}
+
+
+def most_tokens(text: str) -> int:
+    """A number that no tokenizer exceeds: a token for each byte, and one for the space that some begin with.
+
+    Characters beyond ASCII may be normalised first, to at most 11 times their bytes (Unicode Standard Annex 15,
+    section 12); one of b >= 2 bytes has at most 2 (b - 1).
+    """
+    beyond = 0 if text.isascii() else 2 * (len(text.encode(errors="replace")) - len(text))
+    return len(text) + 11 * beyond + 1 if text else 0

@@ -1,6 +1,6 @@
 """The trainer: transformers' own, whose step is a whole optimizer step of groups.
 
-Checkpoints, schedules, mixed precision, FSDP, adapters and trackers are transformers'. The batch that its loop hands
+Checkpoints, schedules, mixed precision, adapters and trackers are transformers'. The batch that its loop hands
 over is empty: step number n of the run trains on entry n of the course, in micro-batches dealt out to the processes.
 """
 

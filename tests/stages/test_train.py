@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from orpo_distill.errors import DataError, RunError, TrainingError
+from orpo_distill.errors import ConfigError, DataError, RunError, TrainingError
 from orpo_distill.models import load_model, load_tokenizer
 from orpo_distill.objectives import Objective
 from orpo_distill.trainer import out_of_memory
@@ -106,6 +106,14 @@ def test_trackers_get_means_of_the_steps(student: Path, tmp_path: Path) -> None:
     for name in ("loss", "rewards/margins", "nll_loss", "grad_norm", "learning_rate", "rejected_probability_max"):
         assert told[name] == pytest.approx(line[name]), name
     assert "tokens" not in told
+
+
+def test_sharded_parameters_are_refused(
+    student: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="expected whole parameters on every process, found ACCELERATE_USE_FSDP set"):
+        run_train(options(student, (1, 1, 1)), pairs, tmp_path / "out")
 
 
 def test_out_of_memory_says_what_to_lower(student: Path) -> None:

@@ -22,6 +22,7 @@ from pydantic import PositiveInt, SerializeAsAny
 from orpo_distill.config import PairsSection
 from orpo_distill.diversity import diverse
 from orpo_distill.errors import DataError
+from orpo_distill.groups import most_tokens, token_counts
 from orpo_distill.judged import Judged, JudgedTraces
 from orpo_distill.mixing import Phi, latest_share
 from orpo_distill.progress import progress
@@ -148,7 +149,7 @@ def pair(options: PairOptions, inputs: Mapping[str, Path], out: Path) -> dict[st
         while block := list(islice(cases, BLOCK)):
             rooms = [options.max_length - tokens - 1 for tokens in _prompt_tokens(tokenizer, block)]  # 1: its end
             sieves = [_Sieve(options, case, room) for case, room in zip(block, rooms, strict=True)]
-            counts = _token_counts(tokenizer, (text for sieve in sieves for text in sieve.uncounted()))
+            counts = token_counts(tokenizer, (text for sieve in sieves for text in sieve.uncounted()))
             for sieve in sieves:
                 pairs, dropped = _pair_case(options, sieve, counts, tally)
                 pair_file.writelines((to_json(row) + "\n").encode() for row in pairs)
@@ -223,17 +224,6 @@ def _fault(sample: Judged, side: Side) -> str:
     return "truncated" if side == "chosen" and sample.cut else ""
 
 
-def _token_counts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, int]:
-    """Length of each text in the student's tokens, without special tokens."""
-    unique = list(dict.fromkeys(texts))
-    if not unique:
-        return {}
-    encoded = tokenizer(
-        unique, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )
-    return {text: len(ids) for text, ids in zip(unique, encoded["input_ids"], strict=True)}
-
-
 class _Sieve:
     """Filters the traces of one case, for whose responses `room` tokens are left, and remembers what fell through."""
 
@@ -247,13 +237,13 @@ class _Sieve:
     def uncounted(self) -> Iterator[str]:
         """The texts whose tokens must be counted to know whether they fit.
 
-        A text of ASCII has no more tokens than characters, and one more where a tokenizer begins with a space.
+        Short ones do in any case, see `groups.most_tokens`.
         """
         case, surely = self.case, self.longest if self._options.min_response_tokens == 1 else 0
         pool = (*case.latest, *case.others, *case.stand_ins)
         for side, samples in zip(SIDES, (case.chosen, pool), strict=True):
             for sample in samples:
-                if not _fault(sample, side) and not (0 < len(sample.text) < surely and sample.text.isascii()):
+                if not _fault(sample, side) and not 0 < most_tokens(sample.text) <= surely:
                     yield sample.text
 
     def keep(self, samples: Sequence[Judged], side: Side, reasons: Iterable[str]) -> list[Judged]:

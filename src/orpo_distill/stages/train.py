@@ -188,6 +188,7 @@ def _arguments(options: TrainOptions, course: Course, out: Path) -> TrainingArgu
     import torch
     from transformers import TrainingArguments
 
+    _whole_parameters()
     section = options.train
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate launch --cpu
     schedule_type = "constant_with_warmup" if section.schedule == "constant" else section.schedule
@@ -218,6 +219,17 @@ def _arguments(options: TrainOptions, course: Course, out: Path) -> TrainingArgu
     if args.n_gpu > 1:
         args._n_gpu = 1  # one process drives one device; `accelerate launch` starts more
     return args
+
+
+def _whole_parameters() -> None:
+    """Raise ConfigError where accelerate is set to spread a model's parameters over processes."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
+            raise ConfigError(
+                f"expected whole parameters on every process, found ACCELERATE_USE_{name} set (by accelerate's "
+                "configuration?); training with sharded parameters is not offered: run `accelerate config` for plain "
+                "multi-GPU, or train adapters (train.lora) where the student does not fit one device"
+            )
 
 
 def _model(options: TrainOptions, args: TrainingArguments) -> Any:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from orpo_distill.records import Problem, Trace, Verdict
 from orpo_distill.verifiers import Verifier
@@ -123,8 +122,7 @@ _LINE = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Mention:
+class Mention(NamedTuple):
     """A letter in a text and what is said of it until the next letter or the end of the clause."""
 
     letter: str
@@ -277,12 +275,12 @@ def _excludes(before: str) -> bool:
 
 def _chooses(before: str) -> bool:
     lower = before.lower()
-    return any(key in lower for key in _CHOOSING) and _CHOSEN.search(before) is not None
+    return any(map(lower.__contains__, _CHOOSING)) and _CHOSEN.search(before) is not None
 
 
 def _affirms(said: str) -> bool:
-    plain = said.replace("incorrect", "")
-    if not any(key in plain for key in _AFFIRMING):
+    plain = said.replace("incorrect", "").replace("not the correct answer", "")  # no cue begins or ends in these
+    if not any(map(plain.__contains__, _AFFIRMING)):
         return False
     cue = _AFFIRMED.search(said)
     if cue is None or _REJECTED.search(said, 0, cue.start()):

@@ -247,7 +247,7 @@ def ambiguous(quote: str, why: str) -> Reading:
 def taken_back(text: str, start: int) -> bool:
     """Whether what follows `start` withdraws the answer before it ("Wait, that is wrong")."""
     rest = text[start:].strip().lower()
-    return bool(rest) and any(key in rest for key in _RETRACTIONS) and _TAKEN_BACK.search(rest) is not None
+    return bool(rest) and any(map(rest.__contains__, _RETRACTIONS)) and _TAKEN_BACK.search(rest) is not None
 
 
 def last_line(text: str) -> str:
