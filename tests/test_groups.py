@@ -99,9 +99,7 @@ def test_text_that_spells_a_special_token_is_text() -> None:
     assert found.chosen[-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize(
-    "text", ["", "a", "plain text, 12 + 3", "Tomás", "ﷺﷺ", "日本語 and 中文", "İIıi", "🙂 ok"]
-)
+@pytest.mark.parametrize("text", ["", "a", "plain text, 12 + 3", "Tomás", "ﷺﷺ", "日本語 and 中文", "İIıi", "🙂 ok"])
 def test_no_tokenizer_exceeds_the_bound(text: str) -> None:
     """The byte-level tokenizer of the tiny checkpoints, and one that normalises (NFKD, lower case) to bytes."""
     from tokenizers import Tokenizer, models, normalizers

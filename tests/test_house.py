@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "orpo_distill"
 # Top row first. Modules in one row do not import each other, except inside a family's or the stages' own package.
 ROWS = [
     {"cli"},
-    {"preview", "pilot", "cases"},
+    {"preview", "pilot", "cases", "importing", "exporting"},
     {"experiment"},
     {"call"},
     {"plan", "launch", "execution"},
@@ -31,14 +31,26 @@ ROWS = [
     {"attention", "head"},
     {"packing"},
     {"config"},
-    {"mixing", "groups", "diversity"},
+    {"mixing", "groups", "diversity", "forms"},
     {"tasks", "samplers", "objectives"},
-    {"verifiers", "models"},
+    {"verifiers", "models", "ledger"},
     {"component", "records", "progress", "interrupt"},
     {"errors"},
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
-HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "math_verify", "vllm", "numpy", "pyarrow")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "peft",
+    "math_verify",
+    "vllm",
+    "numpy",
+    "pyarrow",
+    "openai",
+    "httpx",
+)
 
 
 def modules() -> list[Path]:
@@ -121,6 +133,7 @@ def test_speed_only_options_are_exactly_these() -> None:
         found |= walk(model, f"{prefix}.")
     assert found == {
         "launch",
+        "ledger",
         "runs",
         "train.tokens_per_batch",
         "train.gradient_checkpointing",
@@ -131,6 +144,22 @@ def test_speed_only_options_are_exactly_these() -> None:
         "verify.processes",
         "sampler.hf.rows",
         "sampler.hf.device",
+        "sampler.openai.account",
+        "sampler.openai.api_key_env",
+        "sampler.openai.base_url",
+        "sampler.openai.budget",
+        "sampler.openai.concurrency",
+        "sampler.openai.endpoint",
+        "sampler.openai.extra_headers",
+        "sampler.openai.ledger",
+        "sampler.openai.n",
+        "sampler.openai.patience",
+        "sampler.openai.price",
+        "sampler.openai.requests_per_minute",
+        "sampler.openai.retries",
+        "sampler.openai.seeds",
+        "sampler.openai.timeout",
+        "sampler.openai.tokens_per_minute",
         "sampler.scripted.delay",
         "sampler.vllm.python",
         "sampler.vllm.tensor_parallel_size",

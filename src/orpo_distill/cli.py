@@ -4,6 +4,7 @@ stopped by Ctrl-C and SIGTERM (everything is kept: the same command goes on)."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from orpo_distill.config import load_config, parse_component, parse_yaml
 from orpo_distill.errors import ConfigError, Interrupted, OrpoDistillError
 from orpo_distill.experiment import run as run_experiment
 from orpo_distill.experiment import status as run_status
+from orpo_distill.exporting import Format, export_rows
+from orpo_distill.forms import Form
+from orpo_distill.importing import import_texts
 from orpo_distill.interrupt import signals_raise
 from orpo_distill.progress import say
 from orpo_distill.samplers import Decoding, Sampler
@@ -27,9 +31,15 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 QUICKSTART = Path(__file__).parent / "quickstart"
 """The embedded default: two checkpoints, problems and a config."""
 
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+"""How a setting begins, where it stands among file names."""
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings, for instance train.learning_rate=1e-5")]
 Redo = Annotated[list[str] | None, typer.Option(help="make this stage, and what depends on it, anew (repeatable)")]
 Keep = Annotated[list[str] | None, typer.Option(help="accept this stage although its settings changed (repeatable)")]
+
+
+LedgerPath = Annotated[Path | None, typer.Option(help="the ledger of paid calls; default: in your data folder")]
 
 
 @app.command()
@@ -40,9 +50,10 @@ def run(
     pilot: Annotated[int | None, typer.Option(min=1, help="only up to pairs, on this many problems")] = None,
     redo: Redo = None,
     keep: Keep = None,
+    ledger: LedgerPath = None,
 ) -> None:
     """Distil: run every stage that is missing, to the report and the final student."""
-    settings = load_config(config, overrides or ())
+    settings = load_config(config, [*(overrides or ()), *([f"ledger={ledger}"] if ledger else [])])
     if pilot is not None:
         from orpo_distill.pilot import pilot as run_pilot
 
@@ -106,6 +117,33 @@ def verify(
 
     for line in judge_lines(parse_component(Verifier, _spec(verifier), "--verifier"), sys.stdin):
         print(line, flush=True)
+
+
+@app.command(name="import")
+def import_(
+    config: Annotated[Path, typer.Argument(help="an experiment's YAML file")],
+    items: Annotated[list[str], typer.Argument(metavar="FILE", help="files of texts; settings as for `run`")],
+    policy: Annotated[str, typer.Option(help="who wrote the texts: teacher or student-0")] = "teacher",
+    form: Annotated[Form | None, typer.Option(help="what the files hold; found out from their content")] = None,
+    redo: Redo = None,
+) -> None:
+    """Put texts you already own into a run; the next `run` samples only what is missing."""
+    overrides = [item for item in items if OVERRIDE.match(item) and not Path(item).exists()]
+    files = [Path(item) for item in items if item not in overrides]
+    if not files:
+        raise ConfigError("expected files of texts behind the config, found none; name at least one")
+    print(import_texts(load_config(config, overrides), files, policy, form, redo or ()))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="a run folder, for instance runs/quickstart")],
+    form: Annotated[Format, typer.Option(help="whose format; batch: requests for missing teacher texts")],
+    out: Annotated[Path, typer.Option(help="the file to write, .jsonl or .parquet")],
+    number: Annotated[int | None, typer.Option("--round", min=1, help="default: the last one with pairs")] = None,
+) -> None:
+    """Write a run's pairs in the format of another trainer, or requests for the teacher's missing texts."""
+    print(export_rows(folder, form, out, number))
 
 
 @app.command()

@@ -177,6 +177,7 @@ class Config(Options):
     evaluate: EvaluateSection = EvaluateSection()
     launch: Annotated[LaunchSection, SPEED_ONLY] = LaunchSection()
     runs: Annotated[Path, SPEED_ONLY] = Path("runs")  # the folder of run folders
+    ledger: Annotated[Path | None, SPEED_ONLY] = None  # of paid calls; default: in the user's data folder
 
     @property
     def run_dir(self) -> Path:

@@ -26,6 +26,7 @@ from orpo_distill.interrupt import signals_raise
 from orpo_distill.progress import say
 from orpo_distill.records import write_text
 from orpo_distill.runs import Metrics, Stage, disk_errors_explained
+from orpo_distill.stages.sample import SampleOptions
 
 SECONDS_TO_STOP = 25.0
 LAUNCHER = "ORPO_DISTILL_LAUNCHER"  # the environment variable with the process id of the run
@@ -39,22 +40,22 @@ class Launcher:
 
     def __call__(self, stage: Stage, inputs: Mapping[str, Path], out: Path) -> Metrics:
         """Run a stage's work and return its metrics."""
-        shards = self.settings.sample.processes
-        train = self.settings.train
-        if "shard" in type(stage.options).model_fields and shards > 1:
-            self._run_shards(stage, inputs, out, shards)
+        train, several = self.settings.train, self.settings.sample.processes > 1
+        if isinstance(stage.options, SampleOptions) and stage.options.sampler.shards and several:
+            self._run_shards(stage, stage.options, inputs, out)
         elif stage.work.endswith(":train") and train.launcher == "accelerate":
             return self._run_accelerate(stage, inputs, out, train.processes)
         return call(stage.work, stage.options, inputs, out)
 
-    def _run_shards(self, stage: Stage, inputs: Mapping[str, Path], out: Path, count: int) -> None:
+    def _run_shards(self, stage: Stage, options: SampleOptions, inputs: Mapping[str, Path], out: Path) -> None:
         """Each process samples its share of the problems into its own partial file; the caller merges them."""
-        jobs, devices = [], stage.options.sampler.devices  # type: ignore[attr-defined]  # what has shards samples
+        jobs, count = [], self.settings.sample.processes
         for index in range(count):
-            options = stage.options.model_copy(update={"shard": (index, count)})
-            path = _write_call(stage.work, options, inputs, out, f"call-{index}.json")
+            path = _write_call(
+                stage.work, options.model_copy(update={"shard": (index, count)}), inputs, out, f"call-{index}.json"
+            )
             command = [sys.executable, "-m", "orpo_distill.call", str(path)]
-            jobs.append(Job(command, _device_environment(index, count, devices), path))
+            jobs.append(Job(command, _device_environment(index, count, options.sampler.devices), path))
         run_jobs(stage.name, jobs)
 
     def _run_accelerate(self, stage: Stage, inputs: Mapping[str, Path], out: Path, processes: int) -> Metrics:

@@ -64,7 +64,7 @@ def _sampled(config: Config, policy: str) -> list[Stage]:
     role = config.teacher if policy == "teacher" else config.student
     options = SampleOptions(
         task=config.task,
-        sampler=role.sampler,
+        sampler=role.sampler.for_run(config.name, config.ledger),
         model=role.model,
         decoding=role.decoding,
         samples=role.samples,
@@ -79,7 +79,7 @@ def _sampled_latest(config: Config, number: int) -> list[Stage]:
     """Sample and verify, for round `number`, what the coin sends to the student of the round before."""
     options = SampleOptions(
         task=config.task,
-        sampler=config.student.sampler,
+        sampler=config.student.sampler.for_run(config.name, config.ledger),
         model=None,
         decoding=config.student.decoding,
         samples=config.student.samples,
@@ -189,12 +189,13 @@ def _sft(config: Config) -> list[Stage]:
 def _evaluate(config: Config, name: str, policy: str, model: str | None = None) -> Stage:
     """Evaluate a policy; without `model` it is the one trained by the stage `train` beside the evaluation."""
     is_teacher = policy == "teacher"
+    role = config.teacher if is_teacher else config.student
     limits = {"test": config.evaluate.limit}
     if not is_teacher and config.problems.validation is not None:
         limits["validation"] = config.evaluate.validation_limit
     options = EvaluateOptions(
         task=config.task,
-        sampler=config.teacher.sampler if is_teacher else config.student.sampler,
+        sampler=role.sampler.for_run(config.name, config.ledger),
         decoding=config.evaluate.decoding,
         model=model,
         policy=policy,

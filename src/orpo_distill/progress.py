@@ -19,10 +19,10 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress(label: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """`with progress("teacher", 2400) as advance:` then `advance(n)` for each n items done."""
+def progress(label: str, total: int, done: int = 0, note: Callable[[], str] | None = None) -> Iterator[Advance]:
+    """`with progress("teacher", 2400) as advance:` then `advance(n)` for each n items done; `note` says more."""
     if sys.stderr.isatty():
-        with _bar(label, total, done) as advance:
+        with _bar(label, total, done, note) as advance:
             yield advance
         return
     started = last = time.monotonic()
@@ -35,13 +35,14 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Advance]:
             last = now
             share = (count - done) / max(1, total - done)
             left = (now - started) * (1 / share - 1) if share > LEAST_SHARE else None
-            say(f"  {label}: {count}/{total}" + (f", about {left:.0f} s left" if left is not None else ""))
+            more = [f"about {left:.0f} s left"] if left is not None else []
+            say(f"  {label}: " + ", ".join([f"{count}/{total}", *more, *([note()] if note else [])]))
 
     yield advance_plain
 
 
 @contextmanager
-def _bar(label: str, total: int, done: int) -> Iterator[Advance]:
+def _bar(label: str, total: int, done: int, note: Callable[[], str] | None) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -58,11 +59,12 @@ def _bar(label: str, total: int, done: int) -> Iterator[Advance]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total, completed=done)
+        task = bar.add_task(label, total=total, completed=done, note="")
 
         def advance(n: int = 1) -> None:
-            bar.advance(task, n)
+            bar.update(task, advance=n, note=note() if note else "")
 
         yield advance

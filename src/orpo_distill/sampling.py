@@ -34,13 +34,13 @@ def sample_traces(
 ) -> int:
     """Have a trace for every request in `out/traces.jsonl`, in their order; returns how many had to be sampled.
 
-    Traces that stand in `out` are kept, also failed ones, and the engine is opened only if one is missing. With
+    Traces that stand in `out` are kept, failed ones are asked for again, and the engine is opened only if it must. With
     `shard` = (i, n) only every n-th problem, starting with the i-th, is sampled, into a partial file that a later call
     without `shard` takes in. Raises what the sampler raises; RunError if it leaves a request without an answer.
     """
     standing = Standing(out)
     mine = requests if shard is None else _share(requests, *shard)
-    missing = [request for request in mine if _key(request) not in standing]
+    missing = [request for request in mine if standing.wants(_key(request))]
     if missing:
         partial = out / ("traces.partial.jsonl" if shard is None else f"traces.partial-{shard[0]}.jsonl")
         label = f"sample {policy}" if shard is None else f"sample {policy}, process {shard[0] + 1} of {shard[1]}"
@@ -48,16 +48,17 @@ def sample_traces(
             blamed(sampler),
             JsonlAppender(partial) as traces,
             sampler.open(model) as generate,
-            progress.progress(label, len(mine), len(mine) - len(missing)) as advance,
+            progress.progress(label, len(mine), len(mine) - len(missing), getattr(generate, "note", None)) as advance,
         ):
             asked = {_key(request) for request in missing}
             for completion in generate(missing, decoding):
                 interrupt.check()
-                trace = _trace(completion, policy)
-                if _key(trace) not in asked or _key(trace) in standing:
+                trace = trace_of(completion, policy)
+                if _key(trace) not in asked:
                     raise RunError(
                         f"expected one completion a request of {type_name(type(sampler))}, found another one"
                     )
+                asked.remove(_key(trace))
                 standing.add(trace, partial, traces.append(trace))
                 advance(1)
     _check([_key(request) for request in mine], standing, policy)
@@ -76,12 +77,12 @@ def with_prefix(messages: tuple[Message, ...], prefix: str) -> tuple[Message, ..
 
 
 def _key(item: Request | Trace) -> Key:
-    prompt = item.prompt_id if isinstance(item, Trace) else _prompt_id(item.messages)
+    prompt = item.prompt_id if isinstance(item, Trace) else prompt_id_of(item.messages)
     return sys.intern(item.problem_id), item.sample_index, sys.intern(prompt)  # many keys share these texts
 
 
 @lru_cache(maxsize=1024)
-def _prompt_id(messages: tuple[Message, ...]) -> str:
+def prompt_id_of(messages: tuple[Message, ...]) -> str:
     return stable_hash([(message.role, message.content) for message in messages])[:16]
 
 
@@ -101,11 +102,15 @@ class Standing:
         for path in (self._finished, *self._partials, self._spare):
             if path.exists():
                 for trace, at in _whole_lines(path):
-                    if _key(trace) not in self:
+                    if self.wants(_key(trace)):
                         self.add(trace, path, at)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._places
+
+    def wants(self, key: Key) -> bool:
+        """Whether a trace is missing or has failed."""
+        return key not in self._places or key in self.failed
 
     def add(self, trace: Trace, path: Path, at: int) -> None:
         """Take note of a trace that stands in `path`, `at` bytes from its beginning."""
@@ -113,6 +118,8 @@ class Standing:
         self._places[key] = (path, at)
         if trace.finish_reason is FinishReason.ERROR:
             self.failed.add(key)
+        else:
+            self.failed.discard(key)
         if path not in (self._finished, self._spare, *self._partials):
             self._partials.append(path)
 
@@ -171,7 +178,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[Trace, int]]:
             at += len(line)
 
 
-def _trace(completion: Completion, policy: str) -> Trace:
+def trace_of(completion: Completion, policy: str) -> Trace:
     request = completion.request
     return Trace(
         id=Trace.make_id(policy, request.problem_id, request.sample_index, completion.text, completion.finish_reason),
@@ -183,7 +190,7 @@ def _trace(completion: Completion, policy: str) -> Trace:
         prompt_tokens=completion.prompt_tokens,
         completion_tokens=completion.completion_tokens,
         error=completion.error,
-        prompt_id=_prompt_id(request.messages),
+        prompt_id=prompt_id_of(request.messages),
     )
 
 

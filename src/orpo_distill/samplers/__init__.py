@@ -10,7 +10,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field
 
@@ -61,15 +62,22 @@ class Sampler(Component):
     default_type = "hf"
     types = {
         "hf": "orpo_distill.samplers.hf:HF",
+        "openai": "orpo_distill.samplers.openai:OpenAI",
         "recorded": "orpo_distill.samplers.recorded:Recorded",
         "scripted": "orpo_distill.samplers.scripted:Scripted",
         "vllm": "orpo_distill.samplers.vllm:VLLM",
     }
 
+    shards: ClassVar[bool] = True  # whether several processes may share the work
+
     @property
     def devices(self) -> int:
         """The GPUs that each process of the engine takes, where there are some."""
         return 1
+
+    def for_run(self, name: str, ledger: Path | None) -> Self:
+        """The sampler as a run of this name uses it, with the ledger that the run names."""
+        return self
 
     def check(self) -> None:
         """Raise DataError or ConfigError for options that cannot work, such as a missing file, before any work."""

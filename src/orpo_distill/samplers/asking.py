@@ -1,0 +1,71 @@
+"""What is sent to an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from orpo_distill.ledger import Asked
+from orpo_distill.records import Message
+from orpo_distill.samplers import Decoding, Request
+
+if TYPE_CHECKING:
+    from orpo_distill.samplers.openai import OpenAI
+
+ROOM = 256, 16  # tokens that a server may put around a prompt, and around each of its messages
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt with the samples that are wanted of it."""
+
+    asked: Asked
+    body: dict[str, Any]  # of a request, without `n` and `seed`
+    most_prompt: int  # tokens: no tokenizer makes more than one of a byte
+    requests: dict[int, Request]  # by sample index
+    given_up: set[int] = field(default_factory=set)  # delivered as failed
+
+
+class Asking:
+    """Turns requests into what a server is sent for them."""
+
+    def __init__(self, options: OpenAI, model: str, decoding: Decoding) -> None:
+        self._options, self._model, self._decoding = options, model, decoding
+        self._tokenizer: Any = None
+
+    def asks(self, requests: Iterable[Request]) -> Iterator[Ask]:
+        """One for each prompt; the requests of a prompt stand together."""
+        for (_, messages), group in groupby(requests, key=lambda request: (request.problem_id, request.messages)):
+            body = self.body(messages)
+            text = json.dumps(body, sort_keys=True, ensure_ascii=False)
+            most_prompt = len(text.encode(errors="replace")) + ROOM[0] + ROOM[1] * len(messages)
+            asked = Asked(self._options.known_as, self._model, text.encode(errors="replace").decode())
+            yield Ask(asked, body, most_prompt, {request.sample_index: request for request in group})
+
+    def body(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """The fields of a request for a prompt, all but `n` and `seed`."""
+        decoding, options = self._decoding, self._options
+        fields: dict[str, Any] = {"model": self._model, **self._prompt(messages), "temperature": decoding.temperature}
+        fields[options.length_field] = decoding.max_new_tokens
+        if decoding.top_p < 1:
+            fields["top_p"] = decoding.top_p
+        if decoding.top_k:
+            fields["top_k"] = decoding.top_k
+        if decoding.stop:
+            fields["stop"] = list(decoding.stop)
+        return {**fields, **options.extra_body}
+
+    def _prompt(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """`messages` of a chat, or the `prompt` of a completion: as the tokenizer's chat template writes it, if any."""
+        if self._options.api == "chat":
+            return {"messages": [{"role": message.role, "content": message.content} for message in messages]}
+        if not self._options.tokenizer:
+            return {"prompt": "\n\n".join(message.content for message in messages) + "\n"}
+        from orpo_distill.models import load_tokenizer
+        from orpo_distill.samplers.prompts import render
+
+        self._tokenizer = self._tokenizer or load_tokenizer(self._options.tokenizer)
+        return {"prompt": render(self._tokenizer, messages)}

@@ -1,0 +1,368 @@
+"""The `openai` sampler's engine: asks servers, retries, and keeps every attempt and sample in the ledger.
+
+An event loop in a thread of its own carries the requests; a second thread writes the ledger, all that has gathered in
+one transaction. Texts are always read back from the ledger, so that what a run holds and what was bought agree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import random
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from orpo_distill.errors import ModelError, OrpoDistillError, RunError
+from orpo_distill.ledger import Bought, BudgetReached, Busy, Ledger, Operation, Plan, Usage
+from orpo_distill.records import FinishReason
+from orpo_distill.samplers import Completion, Decoding, Request
+from orpo_distill.samplers.asking import Ask, Asking
+from orpo_distill.samplers.commits import Commits
+from orpo_distill.samplers.faults import Fault, NotOffered, Refused, fault_of
+from orpo_distill.samplers.rates import Limiter, asked_pause
+from orpo_distill.samplers.replies import Malformed, read_choice, read_reply, shares
+from orpo_distill.samplers.servers import Server, Servers
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+    from orpo_distill.samplers.openai import OpenAI
+
+GRACE = 15.0  # seconds that requests in flight get to come back when the sampler is stopped
+LOOK = 0.2  # seconds between looks at whether to stop
+WAIT_FOR_OTHERS = 0.5  # seconds between looks at what another process is buying
+LONGEST_BACKOFF = 60.0  # seconds
+REFUSED_AT_FIRST = 8  # requests refused before one has succeeded: then it is not the requests' fault
+
+
+class Purchase:
+    """A `Generate` that buys from a server. `note` says what it has come to."""
+
+    def __init__(self, options: OpenAI, model: str, ledger: Ledger) -> None:
+        self._options, self._model, self._ledger = options, model, ledger
+        self._buyer: Buyer | None = None
+        self._thread: threading.Thread | None = None
+
+    def __call__(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Completion]:
+        """Completions as they are there: first what the ledger holds. Raises OrpoDistillError when it has to stop."""
+        found: queue.SimpleQueue[Completion | BaseException | None] = queue.SimpleQueue()
+        self._buyer = Buyer(self._options, self._model, self._ledger, decoding, found)
+        self._thread = threading.Thread(target=_run, args=(self._buyer, requests, found), name="openai")
+        self._thread.start()
+        while (item := found.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def note(self) -> str:
+        """Tokens, money and rate so far, in a few words."""
+        return self._buyer.note() if self._buyer else ""
+
+    def stop(self) -> None:
+        """Ask for nothing more and wait a little for what is under way: it may have been paid for."""
+        if self._buyer is not None and self._thread is not None:
+            self._buyer.stop()
+            self._thread.join()
+
+
+def _run(buyer: Buyer, requests: Iterable[Request], found: queue.SimpleQueue[Any]) -> None:
+    try:
+        asyncio.run(buyer.buy(requests))
+    except BaseException as error:  # goes to the thread that waits
+        found.put(error)
+    else:
+        found.put(None)
+
+
+class Buyer:
+    """Fulfils requests. All methods but `stop` and `note` run in the event loop's thread."""
+
+    def __init__(
+        self, options: OpenAI, model: str, ledger: Ledger, decoding: Decoding, found: queue.SimpleQueue[Any]
+    ) -> None:
+        self._options, self._found, self._most_completion = options, found, decoding.max_new_tokens
+        self._asking = Asking(options, model, decoding)
+        self._commit = Commits(ledger)
+        self._key, self._headers = options.secrets()
+        self._several = options.n  # whether a request may ask for several samples; None: not known yet
+        self._singles = 0  # replies with one choice where several were asked for, in a row
+        self._why: OrpoDistillError | None = None  # the first reason to stop
+        self._stopping = threading.Event()
+        self._tally = _Tally()
+        self._refused = 0
+
+    def stop(self) -> None:
+        """Ask for nothing more (from any thread)."""
+        self._stopping.set()
+
+    def note(self) -> str:
+        """What the purchase has come to, in a few words (from any thread)."""
+        return self._tally.note(bool(self._options.price.most(1, 1)))
+
+    async def buy(self, requests: Iterable[Request]) -> None:
+        """Deliver a completion for every request. Raises OrpoDistillError when it has to stop."""
+        options = self._options
+        self._limiter = Limiter(options.requests_per_minute, options.tokens_per_minute)
+        self._servers = Servers([Server(url, _client(options, url, self._key, self._headers)) for url in options.urls])
+        self._slots = asyncio.Semaphore(options.concurrency)  # requests in flight
+        self._finding_out = asyncio.Lock()
+        places = asyncio.Semaphore(options.concurrency)  # prompts under way
+        tasks: set[asyncio.Task[None]] = set()
+        try:
+            for ask in self._asking.asks(requests):
+                if not await self._place(places):
+                    break
+                tasks.add(task := asyncio.create_task(self._fulfil(ask)))
+                task.add_done_callback(tasks.discard)
+                task.add_done_callback(lambda _: places.release())
+                task.add_done_callback(self._ended)
+            await self._come_back(tasks)
+        finally:
+            await self._servers.close()
+            self._commit.close()
+        if self._refused and not self._tally.calls and not self._tally.delivered:
+            self._halt(self._unusable("every request was refused"))
+        if self._why:
+            raise self._why
+
+    async def _place(self, places: asyncio.Semaphore) -> bool:
+        """Wait for a place; False once nothing more is to be asked for."""
+        while not self._stopping.is_set():
+            with suppress(TimeoutError):
+                return await asyncio.wait_for(places.acquire(), LOOK)
+        return False
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._halt(error if isinstance(error, OrpoDistillError) else RunError(f"{type(error).__name__}: {error}"))
+
+    def _halt(self, why: OrpoDistillError) -> None:
+        self._why = self._why or why
+        self._stopping.set()
+
+    async def _come_back(self, tasks: set[asyncio.Task[None]]) -> None:
+        """Wait for all tasks; once nothing more is to be asked for, only a little longer."""
+        while tasks and not self._stopping.is_set():
+            await asyncio.wait(tasks, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED)
+        if tasks:
+            _, late = await asyncio.wait(set(tasks), timeout=GRACE)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    async def _fulfil(self, ask: Ask) -> None:
+        """Deliver every sample of a prompt, from the ledger or bought."""
+        missing = dict(ask.requests)
+        while missing:
+            stands = await self._commit(lambda ledger: ledger.samples(ask.asked.key))
+            for index in [index for index in missing if index in stands or index in ask.given_up]:
+                request = missing.pop(index)
+                if index in stands:
+                    self._found.put(self._completion(request, stands[index]))
+            if not missing or self._stopping.is_set():
+                return
+            await self._buy(ask, sorted(missing))
+
+    async def _buy(self, ask: Ask, indices: Sequence[int]) -> None:
+        """Try to buy these samples, in one request or in several at once."""
+        if len(indices) > 1 and self._several is None:
+            async with self._finding_out:
+                if self._several is None:
+                    await self._insist(ask, indices)
+                return
+        parts = [indices] if self._several or len(indices) == 1 else [[index] for index in indices]
+        await asyncio.gather(*(self._insist(ask, part) for part in parts))
+
+    async def _insist(self, ask: Ask, indices: Sequence[int]) -> None:
+        """Send a request until it brings something, is refused, or has failed too often while others did not."""
+        failures, since = 0, monotonic()
+        while not self._stopping.is_set():
+            try:
+                async with self._slots:
+                    await self._attempt(ask, indices)
+                return
+            except Busy:
+                await asyncio.sleep(WAIT_FOR_OTHERS)
+                return
+            except BudgetReached as error:
+                return self._halt(self._over_budget(error))
+            except NotOffered:
+                return
+            except OrpoDistillError as error:
+                return self._halt(error)
+            except Refused as error:
+                return self._refuse(ask, indices, error)
+            except Fault as error:
+                failures += self._tally.last_success > since
+                since = monotonic()
+                self._lose_patience(error)
+                if failures > self._options.retries:
+                    return self._give_up(ask, indices, str(error))
+                await self._wait(error, failures)
+
+    async def _attempt(self, ask: Ask, indices: Sequence[int]) -> None:
+        """One request. Raises Fault, Refused, NotOffered, Busy or BudgetReached; else something was bought."""
+        options, most_completion = self._options, self._most_completion
+        expected = ask.most_prompt / 3 + len(indices) * self._tally.mean_completion(most_completion)
+        await self._limiter.leave(expected)
+        most = options.most(ask.most_prompt, most_completion * len(indices))
+        async with self._servers.one() as server:
+            if self._stopping.is_set():
+                return
+            plan = Plan(ask.asked, tuple(indices), most)
+            begin: Operation[int] = lambda ledger: ledger.begin(plan, options.account, options.budget.limits)  # noqa: E731
+            attempt = await self._commit(begin)
+            content = await self._send(server, ask, indices, attempt)
+            try:
+                reply = read_reply(content, len(indices), ask.most_prompt, most_completion)
+            except Malformed as error:
+                await self._failed(attempt, fault := Fault(str(error), paid=True))
+                raise fault from error
+            usage = reply.usage
+            parts = shares(reply.choices, usage.completion if usage else None)
+            money = options.price.of(usage) if usage else 0.0
+            await self._commit(lambda ledger: ledger.settle(attempt, reply.choices, parts, usage, money))
+            self._limiter.correct((usage.tokens if usage else expected) - expected)
+            self._tally.add(len(reply.choices), usage, money)
+            self._learn(len(indices), len(reply.choices))
+            if not reply.choices:
+                raise Fault("the server answered without a choice", paid=False)
+
+    async def _send(self, server: Server, ask: Ask, indices: Sequence[int], attempt: int) -> bytes:
+        """What the server answers. Whatever becomes of the request, the ledger knows."""
+        body = dict(ask.body)
+        if len(indices) > 1:
+            body["n"] = len(indices)
+        elif self._options.seeds:
+            body["seed"] = ask.requests[indices[0]].seed % (1 << 31)  # what every server takes
+        of = server.client.chat if self._options.api == "chat" else server.client
+        prompt = {name: body.pop(name) for name in ("model", "messages", "prompt") if name in body}
+        try:
+            response = await of.completions.with_raw_response.create(**prompt, extra_body=body)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._failed(attempt, Fault("stopped before the reply came", paid=True)))
+            raise
+        except Exception as error:
+            fault = fault_of(error, self._key)
+            if fault is None:
+                raise
+            await self._failed(attempt, fault)
+            if isinstance(fault, Refused) and len(indices) > 1 and self._several is None:
+                self._several = False
+                raise NotOffered(str(fault), paid=False) from None
+            if not isinstance(fault, Refused) and fault.pause is None:
+                server.failed()
+            raise fault from None
+        server.works()
+        if (pause := asked_pause(response.headers)) is not None:
+            self._limiter.pause(pause)
+        return bytes(response.content)
+
+    async def _failed(self, attempt: int, fault: Fault) -> None:
+        await self._commit(lambda ledger: ledger.fail(attempt, str(fault), fault.paid))
+
+    def _learn(self, asked: int, came: int) -> None:
+        """Find out whether the server gives several choices: it does once, or two replies in a row bring just one."""
+        if self._several is None and asked > 1:
+            self._singles = self._singles + 1 if came == 1 else 0
+            self._several = True if came == asked else False if self._singles > 1 else None
+
+    def _refuse(self, ask: Ask, indices: Sequence[int], error: Refused) -> None:
+        """A request that cannot heal: the prompt's own fault, unless nothing else has succeeded either."""
+        self._refused += 1
+        if error.everywhere or (not self._tally.calls and self._refused >= REFUSED_AT_FIRST):
+            return self._halt(self._unusable(str(error)))
+        return self._give_up(ask, indices, str(error))
+
+    def _unusable(self, found: str) -> ModelError:
+        return ModelError(
+            f"expected {self._options.known_as} to answer, found: {found}; mend the sampler's options or the key, then "
+            "run the same command: what was bought is kept"
+        )
+
+    def _give_up(self, ask: Ask, indices: Sequence[int], error: str) -> None:
+        """Deliver samples as failed."""
+        for index in indices:
+            ask.given_up.add(index)
+            self._found.put(Completion(ask.requests[index], "", FinishReason.ERROR, error=error))
+
+    def _lose_patience(self, error: Fault) -> None:
+        silent = monotonic() - self._tally.last_success
+        if silent > self._options.patience:
+            self._halt(
+                ModelError(
+                    f"expected {', '.join(self._options.urls)} to answer, found no success for {silent:.0f} s, the "
+                    f"last: {error}; see to the server, then run the same command: what was bought is kept"
+                )
+            )
+
+    async def _wait(self, fault: Fault, failures: int) -> None:
+        """Back off: as long as the server asks for (then all wait), else exponentially with full jitter."""
+        if fault.pause is not None:
+            self._limiter.pause(fault.pause)
+        else:
+            await asyncio.sleep(random.uniform(0, min(LONGEST_BACKOFF, 2.0**failures)))
+
+    def _over_budget(self, error: BudgetReached) -> RunError:
+        limit, spent, most = error.limit, getattr(error.spent, error.limit), getattr(error.most, error.limit)
+        return RunError(
+            f"expected the missing samples within the budget of {self._options.budget.limits[limit]:g} {limit}, found "
+            f"{spent:.6g} spent or under way and up to {most:.6g} more for the next request; what was bought is kept: "
+            f"raise sampler.budget.{limit}, or lower problems.limit or samples, and run the same command"
+        )
+
+    def _completion(self, request: Request, bought: Bought) -> Completion:
+        text, finish = read_choice(bought.choice, self._options.thinking)
+        self._tally.delivered += 1
+        return Completion(request, text, finish, bought.prompt_tokens, bought.completion_tokens)
+
+
+class _Tally:
+    """What a purchase has come to."""
+
+    def __init__(self) -> None:
+        self.started = self.last_success = monotonic()
+        self.delivered = self.samples = self.calls = self.completion_tokens = self.tokens = 0
+        self.money = 0.0
+
+    def add(self, samples: int, usage: Usage | None, money: float) -> None:
+        """Count a reply."""
+        if samples:
+            self.last_success = monotonic()
+        self.calls += 1
+        if usage:
+            self.samples += samples
+            self.completion_tokens += usage.completion
+            self.tokens += usage.tokens
+            self.money += money
+
+    def mean_completion(self, most: int) -> float:
+        """Tokens that a sample is expected to have."""
+        return self.completion_tokens / self.samples if self.samples else float(most)
+
+    def note(self, priced: bool) -> str:
+        """In words."""
+        minutes = max(monotonic() - self.started, 1e-9) / 60
+        spent = f", {self.money:.4g} spent" if priced else ""
+        return f"{self.calls} calls ({self.calls / minutes:.0f}/min), {self.tokens} tokens{spent}"
+
+
+def _client(options: OpenAI, url: str, key: str, headers: dict[str, str]) -> AsyncOpenAI:
+    """A client without retries of its own, over aiohttp: httpx's pool takes time with every connection it holds."""
+    from openai import DEFAULT_CONNECTION_LIMITS, AsyncOpenAI, DefaultAioHttpClient
+
+    limits = type(DEFAULT_CONNECTION_LIMITS)(
+        max_connections=options.concurrency, max_keepalive_connections=options.concurrency
+    )
+    return AsyncOpenAI(
+        api_key=key or "none",
+        base_url=url,
+        timeout=options.timeout,
+        max_retries=0,
+        default_headers=headers,
+        http_client=DefaultAioHttpClient(limits=limits),
+    )

@@ -1,0 +1,72 @@
+"""What can become of a request that brought nothing: whether it may have been paid for, and whether it can heal."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from orpo_distill.samplers.rates import asked_pause
+
+NEVER_LEFT = ("ConnectError", "ConnectTimeout", "PoolTimeout")  # httpx's names for a connection that was not made
+PASSES = (408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)  # statuses that may heal
+PERHAPS_SERVED = (408, 502, 504, 520, 522, 524)  # a gateway gave up waiting: the server behind it may not have
+EVERYWHERE = (401, 402, 403, 404, 405)  # the address, the key or the account is wrong, not the request
+WORDS = 300  # characters of a server's message that are shown
+
+
+class Fault(Exception):
+    """A request that may be sent again. `paid`: it may have been billed. `pause`: seconds that the server asks for."""
+
+    def __init__(self, why: str, paid: bool, pause: float | None = None) -> None:
+        self.paid, self.pause = paid, pause
+        super().__init__(why)
+
+
+class NotOffered(Fault):
+    """The server does not take requests for several samples."""
+
+
+class Refused(Fault):
+    """A request that cannot heal. `everywhere`: no other one would be answered either."""
+
+    def __init__(self, why: str, everywhere: bool) -> None:
+        self.everywhere = everywhere
+        super().__init__(why, paid=False)
+
+
+def fault_of(error: Exception, key: str) -> Fault | None:
+    """What an error of the client means; None if it is none of its. The key is blotted out of the server's words."""
+    from openai import APIConnectionError, APIStatusError
+
+    if isinstance(error, APIStatusError):
+        return _of_status(error.status_code, _words(error.response, key), error)
+    if isinstance(error, APIConnectionError):
+        cause = type(error.__cause__).__name__
+        why = f"{error.message.rstrip('.')} ({cause})".replace(key or "\0", "[key]")
+        return Fault(why, paid=cause not in NEVER_LEFT)
+    return None
+
+
+def _of_status(status: int, words: str, error: Any) -> Fault:
+    why = f"HTTP {status}: {words}"
+    out_of_credit = error.code == "insufficient_quota" or error.type == "insufficient_quota"
+    if status in PASSES and not out_of_credit:
+        pause = asked_pause(error.response.headers)
+        if pause is None and status == 429:
+            pause = 1.0
+        return Fault(why, status in PERHAPS_SERVED, pause)
+    return Refused(why, status in EVERYWHERE or out_of_credit)
+
+
+def _words(response: Any, key: str) -> str:
+    """A server's own words, from any of the usual places."""
+    text: str = response.text
+    try:
+        data = json.loads(text)
+        inner = data.get("error", data) if isinstance(data, dict) else data
+        message = inner.get("message") or inner.get("detail") if isinstance(inner, dict) else inner
+        text = message if isinstance(message, str) else text
+    except ValueError:
+        pass
+    text = " ".join(text.split()).replace(key or "\0", "[key]")
+    return (text[:WORDS] + "…" if len(text) > WORDS else text) or "no words"

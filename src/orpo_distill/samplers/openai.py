@@ -1,0 +1,164 @@
+"""Any OpenAI-compatible server: a vendor's API, or vLLM, SGLang or llama.cpp on another machine.
+
+Everything bought goes through the ledger (`orpo_distill.ledger`), so that no sample is paid for twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+
+from orpo_distill.component import SPEED_ONLY, Options
+from orpo_distill.errors import ConfigError, missing_extra
+from orpo_distill.ledger import Ledger, Spent, Usage, default_path
+from orpo_distill.samplers import Generate, Sampler
+from orpo_distill.samplers.replies import Thinking
+
+MILLION = 1_000_000
+
+
+class Price(Options):
+    """Money per million tokens, in any currency. A kind that is not given costs what its whole does."""
+
+    prompt: NonNegativeFloat = 0.0
+    completion: NonNegativeFloat = 0.0
+    cached_prompt: NonNegativeFloat | None = None
+    reasoning: NonNegativeFloat | None = None
+
+    def of(self, usage: Usage) -> float:
+        """What a reply costs."""
+        cached = self.prompt if self.cached_prompt is None else self.cached_prompt
+        reasoning = self.completion if self.reasoning is None else self.reasoning
+        prompt = (usage.prompt - usage.cached_prompt) * self.prompt + usage.cached_prompt * cached
+        completion = (usage.completion - usage.reasoning) * self.completion + usage.reasoning * reasoning
+        return (prompt + completion) / MILLION
+
+    def most(self, prompt: int, completion: int) -> float:
+        """The most that so many tokens can cost."""
+        dearest = max(self.prompt, self.cached_prompt or 0.0), max(self.completion, self.reasoning or 0.0)
+        return (prompt * dearest[0] + completion * dearest[1]) / MILLION
+
+
+class Budget(Options):
+    """The most that an account may come to, requests in flight and unsettled ones counted at their maximum."""
+
+    money: NonNegativeFloat | None = None
+    tokens: NonNegativeInt | None = None
+    calls: NonNegativeInt | None = None
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Those that are set."""
+        return {name: value for name, value in self if value is not None}
+
+
+class OpenAI(Sampler):
+    """Asks a server over HTTP and keeps what it bought in the ledger. Needs the extra `api`."""
+
+    shards: ClassVar[bool] = False  # one process keeps the rates and the budget
+
+    base_url: Annotated[str | tuple[str, ...], SPEED_ONLY]  # ".../v1"; several are replicas of one model
+    endpoint: Annotated[str, SPEED_ONLY] = ""  # its name in the ledger; default: the (first) base_url
+    api_key_env: Annotated[str, SPEED_ONLY] = ""  # the environment variable that holds the key
+    api: Literal["chat", "completions"] = "chat"
+    tokenizer: str = ""  # hub id or folder: its chat template for `completions`, its counts for forecasts
+    thinking: Thinking = "keep"  # what of a reasoning model's thinking the student learns
+    length_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    extra_body: dict[str, Any] = Field(default_factory=dict)  # more fields of the request
+    extra_headers: Annotated[dict[str, str], SPEED_ONLY] = Field(default_factory=dict)  # "$NAME": from the environment
+    seeds: Annotated[bool, SPEED_ONLY] = True  # send a seed with requests for one sample
+    n: Annotated[bool | None, SPEED_ONLY] = None  # ask for several samples at once; default: found out
+    timeout: Annotated[PositiveFloat, SPEED_ONLY] = 600.0  # seconds for a reply
+    concurrency: Annotated[PositiveInt, SPEED_ONLY] = 32  # requests in flight
+    requests_per_minute: Annotated[PositiveFloat | None, SPEED_ONLY] = None
+    tokens_per_minute: Annotated[PositiveFloat | None, SPEED_ONLY] = None
+    retries: Annotated[NonNegativeInt, SPEED_ONLY] = 6  # of a request, while others succeed
+    patience: Annotated[PositiveFloat, SPEED_ONLY] = 300.0  # seconds without any success before the stage stops
+    price: Annotated[Price, SPEED_ONLY] = Price()
+    budget: Annotated[Budget, SPEED_ONLY] = Budget()
+    ledger: Annotated[Path | None, SPEED_ONLY] = None  # default: the run's, see `Config.ledger`
+    account: Annotated[str, SPEED_ONLY] = ""  # whose spending the budget limits; default: the run's name
+
+    @field_validator("base_url")
+    @classmethod
+    def _urls(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for url in (value,) if isinstance(value, str) else value:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"expected http://... or https://..., found {url!r}")
+        if not value:
+            raise ValueError("expected at least one address, found none")
+        return value
+
+    @field_validator("extra_body")
+    @classmethod
+    def _own_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := {"model", "messages", "prompt", "n", "seed", "stream"} & value.keys():
+            raise ValueError(f"expected fields that the sampler does not set itself, found {', '.join(sorted(taken))}")
+        return value
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The server's addresses."""
+        return (self.base_url,) if isinstance(self.base_url, str) else self.base_url
+
+    @property
+    def known_as(self) -> str:
+        """The endpoint's name in the ledger."""
+        return self.endpoint or self.urls[0]
+
+    @property
+    def ledger_path(self) -> Path:
+        """Where the ledger stands."""
+        return (self.ledger or default_path()).expanduser()
+
+    def for_run(self, name: str, ledger: Path | None) -> Self:
+        """The sampler with what it leaves open as the run has it: whose spending it is, and which ledger."""
+        return self.model_copy(update={"account": self.account or name, "ledger": self.ledger or ledger})
+
+    def check(self) -> None:
+        """Raises ConfigError without the key's environment variable or the package."""
+        self.secrets()
+        try:
+            import aiohttp  # noqa: F401
+            import openai  # noqa: F401
+        except ImportError as error:
+            raise missing_extra("openai[aiohttp]", "api") from error
+
+    def secrets(self) -> tuple[str, dict[str, str]]:
+        """The key and the headers, from the environment. Raises ConfigError for a variable that is not set."""
+        headers = {
+            name: _variable(value[1:], f"extra_headers.{name}") if value.startswith("$") else value
+            for name, value in self.extra_headers.items()
+        }
+        return _variable(self.api_key_env, "api_key_env") if self.api_key_env else "", headers
+
+    def most(self, prompt: int, completion: int) -> Spent:
+        """The most that one request of so many tokens may cost."""
+        return Spent(self.price.most(prompt, completion), prompt + completion, 1)
+
+    @contextmanager
+    def open(self, model: str) -> Iterator[Generate]:
+        """Open the ledger; `model` is what the server calls it. Raises ConfigError or RunError."""
+        from orpo_distill.samplers.buyer import Purchase
+
+        self.check()
+        with Ledger(self.ledger_path) as ledger:
+            purchase = Purchase(self, model, ledger)
+            try:
+                yield purchase
+            finally:
+                purchase.stop()
+
+
+def _variable(name: str, where: str) -> str:
+    if not (value := os.environ.get(name, "").strip()):
+        raise ConfigError(
+            f"sampler.{where}: expected the environment variable {name} to be set, found that it is not; "
+            f"export {name}=..."
+        )
+    return value

@@ -1,0 +1,109 @@
+"""How often requests may leave: requests and tokens a minute, and pauses that a server asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from time import monotonic, time
+
+BURST = 1.0  # seconds' worth that may leave at once: no minute holds more than 61 seconds' worth
+LONGEST_PAUSE = 600.0  # seconds; a server that asks for more is asked again by then
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhd])")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class Limiter:
+    """Lets requests leave one after another, in the order they come, as fast as both rates and all pauses allow."""
+
+    def __init__(self, requests_per_minute: float | None, tokens_per_minute: float | None) -> None:
+        self._requests = _Flow(requests_per_minute)
+        self._tokens = _Flow(tokens_per_minute)
+        self._pause_until = 0.0
+        self._turn = asyncio.Lock()
+        self._changed = asyncio.Event()
+
+    async def leave(self, tokens: float) -> None:
+        """Wait until a request of about `tokens` tokens may leave, and count it."""
+        async with self._turn:
+            while True:
+                now = monotonic()
+                wait = max(self._pause_until - now, self._requests.wait(now), self._tokens.wait(now))
+                if wait <= 0:
+                    break
+                self._changed.clear()
+                try:
+                    await asyncio.wait_for(self._changed.wait(), wait)
+                except TimeoutError:
+                    continue
+            self._requests.take(now, 1)
+            self._tokens.take(now, tokens)
+
+    def correct(self, tokens: float) -> None:
+        """Count `tokens` more for a request that has left, or fewer if negative: a reply said how many there were."""
+        self._tokens.take(monotonic(), tokens)
+        self._changed.set()
+
+    def pause(self, seconds: float) -> None:
+        """Let nothing leave for so long: the server asked for it."""
+        self._pause_until = max(self._pause_until, monotonic() + min(seconds, LONGEST_PAUSE))
+
+
+class _Flow:
+    """A steady flow of so many units a minute (None: no limit), by the time at which the next unit is due."""
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._seconds = 60 / per_minute if per_minute else 0.0  # a unit
+        self._due = 0.0
+
+    def wait(self, now: float) -> float:
+        """Seconds until something may pass."""
+        return self._due - now if self._seconds else 0.0
+
+    def take(self, now: float, units: float) -> None:
+        """Let `units` pass."""
+        self._due = max(self._due, now - BURST) + units * self._seconds
+
+
+def asked_pause(headers: Mapping[str, str]) -> float | None:
+    """Seconds for which a reply's headers ask to wait; None if they do not.
+
+    `Retry-After` (RFC 9110, section 10.2.3: seconds or a date), `retry-after-ms`, and where nothing remains of a limit
+    its `x-ratelimit-reset-requests` or `-tokens` ("1s", "6m0s", "250ms").
+    """
+    if milliseconds := _number(headers.get("retry-after-ms")):
+        return milliseconds / 1000
+    if (after := headers.get("retry-after")) is not None:
+        return seconds if (seconds := _number(after)) is not None else _until(after)
+    waits = [
+        span(headers.get(f"x-ratelimit-reset-{what}", ""))
+        for what in ("requests", "tokens")
+        if headers.get(f"x-ratelimit-remaining-{what}", "").strip() == "0"
+    ]
+    return max((wait for wait in waits if wait is not None), default=None)
+
+
+def span(text: str) -> float | None:
+    """The seconds of "6m0s", "250ms" or "12"; None for anything else."""
+    if (plain := _number(text)) is not None:
+        return plain
+    parts = _SPAN.findall(text)
+    if not parts or "".join(map("".join, parts)) != text.strip():
+        return None
+    return sum(float(count) * _SECONDS[unit] for count, unit in parts)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        found = float(text or "")
+    except ValueError:
+        return None
+    return found if 0 <= found < float("inf") else None
+
+
+def _until(date: str) -> float | None:
+    try:
+        return max(0.0, parsedate_to_datetime(date).timestamp() - time())
+    except (ValueError, TypeError):
+        return None

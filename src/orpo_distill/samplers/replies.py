@@ -1,0 +1,132 @@
+"""What an OpenAI-compatible server answers: its choices and its usage, with distrust.
+
+A choice is kept in the ledger as it came. Its text, and what of a reasoning model's thinking belongs to it, is read
+from there, so that `thinking` may be changed without asking again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from orpo_distill.ledger import Usage
+from orpo_distill.records import FinishReason
+
+Thinking = Literal["keep", "strip", "answer_only"]
+OPENING, CLOSING = "<think>", "</think>"
+
+
+class Malformed(ValueError):
+    """A reply that is not what the protocol says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The choices of a reply, each as JSON, and what it was billed; None where the counts cannot be right."""
+
+    choices: tuple[str, ...]
+    usage: Usage | None
+
+
+def read_reply(content: bytes, samples: int, most_prompt: int, most_completion: int) -> Reply:
+    """A reply to a request for `samples` choices, of at most so many tokens each. Raises Malformed.
+
+    Counts that are missing, negative, or beyond what was asked for are not believed.
+    """
+    try:
+        data = json.loads(content)
+    except ValueError as error:
+        raise Malformed(f"expected JSON, found {content[:80]!r}") from error
+    choices = data.get("choices") if isinstance(data, dict) else None
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise Malformed(f"expected a list of choices, found {content[:80]!r}")
+    kept = [choice for choice in choices if _body(choice) is not None][:samples]
+    written = any(_content(choice) or _reasoning(choice) for choice in kept)
+    usage = _usage(data.get("usage"), most_prompt, samples * most_completion, written)
+    return Reply(tuple(json.dumps(choice, ensure_ascii=False) for choice in kept), usage)
+
+
+def shares(choices: Sequence[str], tokens: int | None) -> list[int | None]:
+    """A reply's completion tokens divided among its choices in proportion to their length, without remainder."""
+    if tokens is None or not choices:
+        return [None] * len(choices)
+    lengths = [len(choice) for choice in choices]
+    found, before = [], 0
+    for place in range(1, len(lengths) + 1):
+        upto = round(tokens * sum(lengths[:place]) / sum(lengths))
+        found.append(upto - before)
+        before = upto
+    return list(found)
+
+
+def read_choice(choice: str, thinking: Thinking) -> tuple[str, FinishReason]:
+    """The text of a choice that the student is to learn, and why it ended.
+
+    A reasoning model's thinking (`reasoning_content` or `reasoning` beside the content, or <think> ... </think> in it)
+    is kept in its tags (`keep`), kept as plain text before the answer (`strip`), or left out (`answer_only`).
+    """
+    data: dict[str, Any] = json.loads(choice)
+    cut = data.get("finish_reason") in ("length", "max_tokens")
+    thought, answer, closed = _apart(_reasoning(data), _content(data))
+    finish = FinishReason.LENGTH if cut else FinishReason.STOP
+    if not thought or thinking == "answer_only":
+        return answer, finish
+    if thinking == "strip":
+        return "\n\n".join(part for part in (thought, answer) if part), finish
+    return f"{OPENING}\n{thought}\n" + (f"{CLOSING}\n\n{answer}" if closed or answer else ""), finish
+
+
+def _apart(reasoning: str, content: str) -> tuple[str, str, bool]:
+    """Thinking, answer, and whether the thinking came to its end."""
+    if reasoning:
+        return reasoning.strip(), content.lstrip() if content else "", bool(content)
+    head, closing, tail = content.rpartition(CLOSING)
+    if closing:
+        return head.replace(OPENING, "", 1).strip(), tail.lstrip(), True
+    if content.lstrip().startswith(OPENING):
+        return content.lstrip().removeprefix(OPENING).strip(), "", False
+    return "", content, True
+
+
+def _body(choice: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What of a choice holds its texts: the message of a chat, or the choice itself; None if it has neither."""
+    message = choice.get("message")
+    if isinstance(message, Mapping):
+        return message
+    return choice if isinstance(choice.get("text"), str) else None
+
+
+def _content(choice: Mapping[str, Any]) -> str:
+    body = _body(choice) or {}
+    found = body.get("content", body.get("text"))
+    return found if isinstance(found, str) else ""
+
+
+def _reasoning(choice: Mapping[str, Any]) -> str:
+    body = _body(choice) or {}
+    found = body.get("reasoning_content") or body.get("reasoning")
+    return found if isinstance(found, str) else ""
+
+
+def _usage(data: Any, most_prompt: int, most_completion: int, written: bool) -> Usage | None:
+    if not isinstance(data, dict):
+        return None
+    prompt = _count(data.get("prompt_tokens"), 1, most_prompt)
+    completion = _count(data.get("completion_tokens", 0), int(written), most_completion)
+    if prompt is None or completion is None:
+        return None
+    cached = _detail(data, "prompt_tokens_details", "cached_tokens")
+    reasoning = _detail(data, "completion_tokens_details", "reasoning_tokens")
+    return Usage(prompt, completion, min(cached, prompt), min(reasoning, completion))
+
+
+def _detail(data: Mapping[str, Any], where: str, name: str) -> int:
+    details = data.get(where)
+    return _count(details.get(name), 0, 1 << 62) or 0 if isinstance(details, dict) else 0
+
+
+def _count(found: Any, least: int, most: int) -> int | None:
+    """`found` if it is a whole number between these."""
+    return found if isinstance(found, int) and not isinstance(found, bool) and least <= found <= most else None
