@@ -7,7 +7,7 @@ from typing import Any
 
 from orpo_distill.samplers.rates import asked_pause
 
-NEVER_LEFT = ("ConnectError", "ConnectTimeout", "PoolTimeout")  # httpx's names for a connection that was not made
+NEVER_LEFT = ("ClientConnectorError", "ConnectionTimeoutError")  # aiohttp's names for a connection that was not made
 PASSES = (408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)  # statuses that may heal
 PERHAPS_SERVED = (408, 502, 504, 520, 522, 524)  # a gateway gave up waiting: the server behind it may not have
 EVERYWHERE = (401, 402, 403, 404, 405)  # the address, the key or the account is wrong, not the request
@@ -41,9 +41,12 @@ def fault_of(error: Exception, key: str) -> Fault | None:
     if isinstance(error, APIStatusError):
         return _of_status(error.status_code, _words(error.response, key), error)
     if isinstance(error, APIConnectionError):
-        cause = type(error.__cause__).__name__
-        why = f"{error.message.rstrip('.')} ({cause})".replace(key or "\0", "[key]")
-        return Fault(why, paid=cause not in NEVER_LEFT)
+        cause: BaseException = error  # the client translates twice, once wrongly: only the first cause tells
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        left = not any(kind.__name__ in NEVER_LEFT for kind in type(cause).__mro__)
+        words = " ".join((str(cause) or error.message).split())
+        return Fault(f"{words} ({type(cause).__name__})".replace(key or "\0", "[key]"), left)
     return None
 
 

@@ -16,6 +16,7 @@ from orpo_distill.records import FinishReason
 
 Thinking = Literal["keep", "strip", "answer_only"]
 OPENING, CLOSING = "<think>", "</think>"
+LONGEST_TOKENS = 10  # characters that tokens have at most on average: llama.cpp counts only the first of n choices
 
 
 class Malformed(ValueError):
@@ -33,7 +34,7 @@ class Reply:
 def read_reply(content: bytes, samples: int, most_prompt: int, most_completion: int) -> Reply:
     """A reply to a request for `samples` choices, of at most so many tokens each. Raises Malformed.
 
-    Counts that are missing, negative, or beyond what was asked for are not believed.
+    Counts that are missing, negative, beyond what was asked for or far below what came are not believed.
     """
     try:
         data = json.loads(content)
@@ -43,8 +44,9 @@ def read_reply(content: bytes, samples: int, most_prompt: int, most_completion: 
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise Malformed(f"expected a list of choices, found {content[:80]!r}")
     kept = [choice for choice in choices if _body(choice) is not None][:samples]
-    written = any(_content(choice) or _reasoning(choice) for choice in kept)
-    usage = _usage(data.get("usage"), most_prompt, samples * most_completion, written)
+    letters = sum(len(_content(choice)) + len(_reasoning(choice)) for choice in kept)
+    least_completion = -(-letters // LONGEST_TOKENS)
+    usage = _usage(data.get("usage"), most_prompt, range(least_completion, samples * most_completion + 1))
     return Reply(tuple(json.dumps(choice, ensure_ascii=False) for choice in kept), usage)
 
 
@@ -110,11 +112,11 @@ def _reasoning(choice: Mapping[str, Any]) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _usage(data: Any, most_prompt: int, most_completion: int, written: bool) -> Usage | None:
+def _usage(data: Any, most_prompt: int, possible: range) -> Usage | None:
     if not isinstance(data, dict):
         return None
-    prompt = _count(data.get("prompt_tokens"), 1, most_prompt)
-    completion = _count(data.get("completion_tokens", 0), int(written), most_completion)
+    prompt = _count(data.get("prompt_tokens"), range(1, most_prompt + 1))
+    completion = _count(data.get("completion_tokens", 0), possible)
     if prompt is None or completion is None:
         return None
     cached = _detail(data, "prompt_tokens_details", "cached_tokens")
@@ -124,9 +126,9 @@ def _usage(data: Any, most_prompt: int, most_completion: int, written: bool) -> 
 
 def _detail(data: Mapping[str, Any], where: str, name: str) -> int:
     details = data.get(where)
-    return _count(details.get(name), 0, 1 << 62) or 0 if isinstance(details, dict) else 0
+    return _count(details.get(name), range(1 << 62)) or 0 if isinstance(details, dict) else 0
 
 
-def _count(found: Any, least: int, most: int) -> int | None:
-    """`found` if it is a whole number between these."""
-    return found if isinstance(found, int) and not isinstance(found, bool) and least <= found <= most else None
+def _count(found: Any, possible: range) -> int | None:
+    """`found` if it is one of these whole numbers."""
+    return found if isinstance(found, int) and not isinstance(found, bool) and found in possible else None
