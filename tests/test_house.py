@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "orpo_distill"
 # Top row first. Modules in one row do not import each other, except inside a family's or the stages' own package.
 ROWS = [
     {"cli"},
-    {"preview", "pilot", "cases", "importing", "exporting"},
+    {"preview", "pilot", "cases", "importing", "exporting", "billing"},
     {"experiment"},
     {"call"},
     {"plan", "launch", "execution"},

@@ -8,13 +8,13 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
 
 from orpo_distill import __version__
-from orpo_distill.config import load_config, parse_component, parse_yaml
+from orpo_distill.config import Config, load_config, parse_component, parse_yaml
 from orpo_distill.errors import ConfigError, Interrupted, OrpoDistillError
 from orpo_distill.experiment import run as run_experiment
 from orpo_distill.experiment import status as run_status
@@ -53,11 +53,12 @@ def run(
     ledger: LedgerPath = None,
 ) -> None:
     """Distil: run every stage that is missing, to the report and the final student."""
-    settings = load_config(config, [*(overrides or ()), *([f"ledger={ledger}"] if ledger else [])])
+    settings = load_config(config, _with_ledger(overrides, ledger))
     if pilot is not None:
         from orpo_distill.pilot import pilot as run_pilot
 
         print(run_pilot(settings, pilot, redo or (), keep or ()))
+        _print_bill(settings)
         return
     folder = run_experiment(settings, until, redo or (), keep or ())
     if until is None:
@@ -71,14 +72,31 @@ def check(
     config: Annotated[Path, typer.Argument(help="an experiment's YAML file")],
     overrides: Overrides = None,
     show: Annotated[int, typer.Option(min=0, help="print this many rendered prompts and one training row")] = 0,
+    ledger: LedgerPath = None,
 ) -> None:
-    """Find every error of a config, then print the plan with its sizes. Loads no model."""
+    """Find every error of a config, then print the plan with its sizes and the bill to expect. Loads no model."""
     from orpo_distill.preview import plan_table, rendered
 
-    settings = load_config(config, overrides or ())
+    settings = load_config(config, _with_ledger(overrides, ledger))
     _print_table(plan_table(settings))
+    _print_bill(settings)
     if show:
         print(rendered(settings, show))
+
+
+@app.command(name="ledger")
+def show_ledger(
+    ledger: LedgerPath = None,
+    export: Annotated[Path | None, typer.Option(help="write everything to this .jsonl or .parquet file")] = None,
+    what: Annotated[Literal["samples", "attempts"], typer.Option(help="what to export")] = "samples",
+) -> None:
+    """Say what was bought from APIs, by day and model: calls, tokens, money, and what may have been paid unseen."""
+    from orpo_distill.billing import export_ledger, ledger_table
+
+    if export is None:
+        _print_table(ledger_table(ledger))
+    else:
+        say(f"{export_ledger(ledger, export, what)} {what} in {export}")
 
 
 @app.command()
@@ -179,6 +197,10 @@ def main() -> None:
         raise SystemExit(error.exit_code) from None
 
 
+def _with_ledger(overrides: Sequence[str] | None, ledger: Path | None) -> list[str]:
+    return [*(overrides or ()), *([f"ledger={ledger}"] if ledger else [])]
+
+
 def _spec(text: str) -> dict[str, Any]:
     """A component's options from the command line: a name, or a mapping in YAML."""
     try:
@@ -195,6 +217,15 @@ def _print_results(folder: Path) -> None:
     _print_table(results_table(content["results"]))
     print(headline_text(content["headline"]))
     print(f"report: {folder / 'report' / 'report.md'}   model: {folder / 'student'}")
+
+
+def _print_bill(settings: Config) -> None:
+    """What paid calls will come to, if there are any."""
+    from orpo_distill.billing import forecast
+
+    if bill := forecast(settings):
+        print()
+        _print_table(bill)
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -54,6 +54,17 @@ class TeacherSection(Options):
     decoding: Decoding = Decoding()
     samples: PositiveInt = 8  # K; raising it later only adds traces
     prefix: str = ""  # an instruction that only the teacher sees
+    stop_at: PositiveInt | None = None  # correct, diverse traces after which a problem is left: waves of `samples`
+    max_samples: PositiveInt | None = None  # most traces of a hard problem, with `stop_at`
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()  # of the waves; the last one goes on
+
+    @model_validator(mode="after")
+    def _stops(self) -> Self:
+        if self.stop_at is None and (self.max_samples or self.temperatures):
+            raise ValueError("expected stop_at beside max_samples and temperatures, found none")
+        if self.stop_at is not None and (self.max_samples is None or self.max_samples < self.samples):
+            raise ValueError(f"expected max_samples of at least samples ({self.samples}), found {self.max_samples}")
+        return self
 
 
 class StudentSection(Options):

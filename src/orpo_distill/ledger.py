@@ -130,9 +130,13 @@ class Ledger:
         self.session = uuid.uuid4().hex
         with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._sign = _sign_of_life(path, self.session)
             self.connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
-            _prepare(self.connection, path)
+            try:
+                _prepare(self.connection, path)
+                self._sign = _sign_of_life(path, self.session)
+            except BaseException:
+                self.connection.close()
+                raise
 
     def transaction(self, operations: Sequence[Operation[Any]]) -> list[Any]:
         """Do all of them in one transaction; what an operation gives, or the exception that it raises, in their order.
@@ -293,11 +297,10 @@ def _explained(path: Path) -> Iterator[None]:
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     """Make the tables of a new file; check the version of an old one. Raises RunError for what is no ledger of ours."""
+    _check(connection, path)  # before anything is written
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("BEGIN IMMEDIATE")
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if not tables:
         for statement in SCHEMA.split(";"):
@@ -305,8 +308,13 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         connection.execute(f"PRAGMA application_id = {APPLICATION}")
         connection.execute(f"PRAGMA user_version = {VERSION}")
     connection.execute("COMMIT")
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> None:
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
     if tables and (application != APPLICATION or version != VERSION):
-        connection.close()
         found = f"one of version {version}" if application == APPLICATION else "another program's database"
         raise RunError(
             f"expected a ledger of version {VERSION} at {path}, found {found}; use the orpo-distill that wrote it, or "

@@ -17,7 +17,7 @@ from orpo_distill.stages.export import ExportOptions
 from orpo_distill.stages.pair import PairOptions
 from orpo_distill.stages.problems import ProblemsOptions
 from orpo_distill.stages.report import ReportOptions
-from orpo_distill.stages.sample import SampleOptions
+from orpo_distill.stages.sample import SampleOptions, StopRule
 from orpo_distill.stages.train import TrainOptions
 from orpo_distill.stages.verify import VerifyOptions
 
@@ -71,8 +71,22 @@ def _sampled(config: Config, policy: str) -> list[Stage]:
         policy=policy,
         prefix=config.teacher.prefix if policy == "teacher" else "",
         seed=config.seed,
+        stopping=_stop_rule(config) if policy == "teacher" else None,
     )
     return [_sample_stage(policy, options, {"problems": "problems"}), _verify(config, f"{policy}-verdicts", policy)]
+
+
+def _stop_rule(config: Config) -> StopRule | None:
+    teacher = config.teacher
+    if teacher.stop_at is None:
+        return None
+    return StopRule(
+        at=teacher.stop_at,
+        most=teacher.max_samples or teacher.samples,
+        temperatures=teacher.temperatures,
+        rouge_l_max=config.pairs.rouge_l_max,
+        verify=config.verify,
+    )
 
 
 def _sampled_latest(config: Config, number: int) -> list[Stage]:
@@ -101,8 +115,8 @@ def _sample_stage(name: str, options: SampleOptions, inputs: dict[str, str]) -> 
         options,
         inputs,
         outputs=("traces.jsonl",),
-        grows=frozenset({"samples", "inputs.problems"}),
-        ignores=SOURCE + VERIFIER,
+        grows=frozenset({"samples", "stopping.at", "stopping.most", "inputs.problems"}),
+        ignores=SOURCE + (() if options.stopping else VERIFIER),
         precious=True,
     )
 

@@ -120,7 +120,9 @@ def _size(stage: Stage, config: Config, train: int | None, test: int | None) -> 
         role = config.teacher if stage.name.startswith("teacher") else config.student
         share = phi_of_round(config.pairs.phi, number, config.rounds) if number else 1.0
         about = "" if share == 1 else "about "
-        traces = f"{about}{_times(train, role.samples * share)} traces"
+        most = config.teacher.max_samples if stage.name.startswith("teacher") else None
+        about = f"{_times(train, role.samples)} to " if most else about
+        traces = f"{about}{_times(train, (most or role.samples) * share)} traces"
         return f"{traces} of at most {role.decoding.max_new_tokens} tokens" if kind == "sample" else traces
     if kind == "pair":
         return f"at most {_times(train, config.pairs.per_problem)} pairs"

@@ -34,21 +34,42 @@ def sample_traces(
 ) -> int:
     """Have a trace for every request in `out/traces.jsonl`, in their order; returns how many had to be sampled.
 
-    Traces that stand in `out` are kept, failed ones are asked for again, and the engine is opened only if it must. With
-    `shard` = (i, n) only every n-th problem, starting with the i-th, is sampled, into a partial file that a later call
-    without `shard` takes in. Raises what the sampler raises; RunError if it leaves a request without an answer.
+    With `shard` = (i, n) only every n-th problem, starting with the i-th, is sampled, into a partial file that a later
+    call without `shard` takes in. Raises what `sample_missing` raises.
+    """
+    mine = requests if shard is None else share(requests, *shard)
+    sampled = sample_missing(sampler, model, mine, decoding, policy, out, shard)
+    if shard is None:
+        finish_traces(requests, out)
+    return sampled
+
+
+def sample_missing(
+    sampler: Sampler,
+    model: str,
+    requests: Sequence[Request],
+    decoding: Decoding,
+    policy: str,
+    out: Path,
+    shard: tuple[int, int] | None = None,
+) -> int:
+    """Have a trace for every request in one of the files of `out`; returns how many had to be sampled.
+
+    Traces that stand in `out` are kept (failed ones only if the sampler's failures do not heal), and the engine is
+    opened only if one is missing. With `shard` what is new goes to that process's own partial file. Raises what the
+    sampler raises; RunError if it leaves a request without an answer.
     """
     standing = Standing(out)
-    mine = requests if shard is None else _share(requests, *shard)
-    missing = [request for request in mine if standing.wants(_key(request))]
+    missing = [request for request in requests if standing.lacks(_key(request), failed=sampler.heals)]
     if missing:
         partial = out / ("traces.partial.jsonl" if shard is None else f"traces.partial-{shard[0]}.jsonl")
         label = f"sample {policy}" if shard is None else f"sample {policy}, process {shard[0] + 1} of {shard[1]}"
+        done = len(requests) - len(missing)
         with (
             blamed(sampler),
             JsonlAppender(partial) as traces,
             sampler.open(model) as generate,
-            progress.progress(label, len(mine), len(mine) - len(missing), getattr(generate, "note", None)) as advance,
+            progress.progress(label, len(requests), done, getattr(generate, "note", None)) as advance,
         ):
             asked = {_key(request) for request in missing}
             for completion in generate(missing, decoding):
@@ -61,10 +82,18 @@ def sample_traces(
                 asked.remove(_key(trace))
                 standing.add(trace, partial, traces.append(trace))
                 advance(1)
-    _check([_key(request) for request in mine], standing, policy)
-    if shard is None:
-        standing.finish([_key(request) for request in requests])
+    _check([_key(request) for request in requests], standing, policy)
     return len(missing)
+
+
+def finish_traces(requests: Sequence[Request], out: Path) -> None:
+    """Put the traces of these requests, all of which stand in `out`, into `out/traces.jsonl`, in their order."""
+    Standing(out).finish([_key(request) for request in requests])
+
+
+def standing_traces(requests: Sequence[Request], out: Path) -> Iterator[Trace]:
+    """The traces of these requests, all of which stand in one of the files of `out`, in their order."""
+    return Standing(out).traces([_key(request) for request in requests])
 
 
 def with_prefix(messages: tuple[Message, ...], prefix: str) -> tuple[Message, ...]:
@@ -86,7 +115,8 @@ def prompt_id_of(messages: tuple[Message, ...]) -> str:
     return stable_hash([(message.role, message.content) for message in messages])[:16]
 
 
-def _share(requests: Sequence[Request], index: int, count: int) -> list[Request]:
+def share(requests: Sequence[Request], index: int, count: int) -> list[Request]:
+    """The requests for every `count`-th problem, starting with number `index`."""
     order = {problem: place for place, problem in enumerate(dict.fromkeys(one.problem_id for one in requests))}
     return [request for request in requests if order[request.problem_id] % count == index]
 
@@ -101,16 +131,16 @@ class Standing:
         self.failed: set[Key] = set()
         for path in (self._finished, *self._partials, self._spare):
             if path.exists():
-                for trace, at in _whole_lines(path):
-                    if self.wants(_key(trace)):
+                for trace, at in whole_lines(path):
+                    if self.lacks(_key(trace), failed=True):
                         self.add(trace, path, at)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._places
 
-    def wants(self, key: Key) -> bool:
-        """Whether a trace is missing or has failed."""
-        return key not in self._places or key in self.failed
+    def lacks(self, key: Key, failed: bool) -> bool:
+        """Whether a trace is missing or, with `failed`, there is none that has not failed."""
+        return key not in self._places or (failed and key in self.failed)
 
     def add(self, trace: Trace, path: Path, at: int) -> None:
         """Take note of a trace that stands in `path`, `at` bytes from its beginning."""
@@ -123,10 +153,11 @@ class Standing:
         if path not in (self._finished, self._spare, *self._partials):
             self._partials.append(path)
 
-    def trace(self, key: Key) -> Trace:
-        """One trace, read again."""
+    def traces(self, keys: Sequence[Key]) -> Iterator[Trace]:
+        """Traces, read again."""
         with self._lines() as line:
-            return from_json(Trace, json.loads(line(key)))
+            for key in keys:
+                yield from_json(Trace, json.loads(line(key)))
 
     def finish(self, keys: Sequence[Key]) -> None:
         """Write the result. A crash between any two of these steps loses nothing: until the result stands, the spare
@@ -159,7 +190,7 @@ class Standing:
             yield line
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[Trace, int]]:
+def whole_lines(path: Path) -> Iterator[tuple[Trace, int]]:
     """The records of a file that another process may be writing, each with its offset in bytes.
 
     A last line without its end is left alone.
@@ -202,5 +233,5 @@ def _check(keys: Sequence[Key], standing: Standing, policy: str) -> None:
             "run the same command to ask for the others again"
         )
     if failed := [key for key in found if key in standing.failed]:
-        first = standing.trace(failed[0]).error
-        progress.say(f"  {policy}: {len(failed)} of {len(found)} samples failed, the first: {first}")
+        (first,) = standing.traces(failed[:1])
+        progress.say(f"  {policy}: {len(failed)} of {len(found)} samples failed, the first: {first.error}")

@@ -69,6 +69,7 @@ class Sampler(Component):
     }
 
     shards: ClassVar[bool] = True  # whether several processes may share the work
+    heals: ClassVar[bool] = False  # whether a sample that failed may succeed when it is asked for in a later run
 
     @property
     def devices(self) -> int:
@@ -78,6 +79,10 @@ class Sampler(Component):
     def for_run(self, name: str, ledger: Path | None) -> Self:
         """The sampler as a run of this name uses it, with the ledger that the run names."""
         return self
+
+    def spent(self) -> float | None:
+        """The money that the run has spent on this sampler so far; None where nothing has a price."""
+        return None
 
     def check(self) -> None:
         """Raise DataError or ConfigError for options that cannot work, such as a missing file, before any work."""

@@ -241,6 +241,7 @@ class Buyer:
             body["seed"] = ask.requests[indices[0]].seed % (1 << 31)  # what every server takes
         of = server.client.chat if self._options.api == "chat" else server.client
         prompt = {name: body.pop(name) for name in ("model", "messages", "prompt") if name in body}
+        sent = monotonic()
         try:
             response = await of.completions.with_raw_response.create(**prompt, extra_body=body)
         except asyncio.CancelledError:
@@ -255,7 +256,7 @@ class Buyer:
                 self._several = False
                 raise NotOffered(str(fault), paid=False) from None
             if not isinstance(fault, Refused) and fault.pause is None:
-                server.failed()
+                server.failed(sent)
             raise fault from None
         server.works()
         if (pause := asked_pause(response.headers)) is not None:

@@ -61,6 +61,7 @@ class OpenAI(Sampler):
     """Asks a server over HTTP and keeps what it bought in the ledger. Needs the extra `api`."""
 
     shards: ClassVar[bool] = False  # one process keeps the rates and the budget
+    heals: ClassVar[bool] = True
 
     base_url: Annotated[str | tuple[str, ...], SPEED_ONLY]  # ".../v1"; several are replicas of one model
     endpoint: Annotated[str, SPEED_ONLY] = ""  # its name in the ledger; default: the (first) base_url
@@ -119,6 +120,13 @@ class OpenAI(Sampler):
     def for_run(self, name: str, ledger: Path | None) -> Self:
         """The sampler with what it leaves open as the run has it: whose spending it is, and which ledger."""
         return self.model_copy(update={"account": self.account or name, "ledger": self.ledger or ledger})
+
+    def spent(self) -> float | None:
+        """What the account has come to, calls that may have been paid unseen at their maximum."""
+        if not self.price.most(1, 1) or not self.ledger_path.is_file():
+            return None
+        with Ledger(self.ledger_path) as ledger:
+            return ledger.spent(self.account).money
 
     def check(self) -> None:
         """Raises ConfigError without the key's environment variable or the package."""

@@ -30,8 +30,13 @@ class Server:
         """Take note of a reply."""
         self.failures, self.rests_until = 0, 0.0
 
-    def failed(self) -> None:
-        """Take note of a request that the server did not answer."""
+    def failed(self, sent: float) -> None:
+        """Take note of a request, sent at that time, that the server did not answer.
+
+        What was under way when the rest began says nothing new: many requests that one hiccup ends count once.
+        """
+        if sent < self.rests_until:
+            return
         self.failures += 1
         if self.failures >= IN_A_ROW:
             self.rests_until = monotonic() + min(LONGEST_REST, 2.0 ** (self.failures - IN_A_ROW))

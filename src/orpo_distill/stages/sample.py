@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import PositiveInt, SerializeAsAny
+from pydantic import Field, PositiveInt, SerializeAsAny
 
 from orpo_distill.component import SPEED_ONLY, Options
+from orpo_distill.config import VerifySection
+from orpo_distill.diversity import diverse
 from orpo_distill.mixing import Phi, PhiUnit, latest_share
-from orpo_distill.records import FinishReason, Problem, Trace, derive_seed, read_jsonl
+from orpo_distill.progress import say
+from orpo_distill.records import FinishReason, Problem, Trace, derive_seed, read_jsonl, write_jsonl
 from orpo_distill.samplers import Decoding, Request, Sampler
-from orpo_distill.sampling import sample_traces, with_prefix
+from orpo_distill.sampling import finish_traces, sample_missing, sample_traces, standing_traces, with_prefix
 from orpo_distill.tasks import Task
+from orpo_distill.verification import verify_all
+
+NAMED = 10  # unsolved problems that are named on the screen; all stand in unsolved.jsonl
+
+
+class StopRule(Options):
+    """Sample in waves of K a problem, until a problem has `at` correct traces that are not alike, or `most` in all."""
+
+    at: PositiveInt
+    most: PositiveInt
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()  # of each wave; the last one goes on
+    rouge_l_max: float  # above this, two traces are alike
+    verify: VerifySection = VerifySection()
 
 
 class SampleOptions(Options):
@@ -31,22 +47,87 @@ class SampleOptions(Options):
     round: int = 0  # the round of training that this is for, if only the problems that phi's coin gives are sampled
     phi: Phi = 1.0
     phi_unit: PhiUnit = "problem"
+    stopping: StopRule | None = None
     shard: Annotated[tuple[int, int] | None, SPEED_ONLY] = None  # process i of n
 
 
 def sample(options: SampleOptions, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """Write `traces.jsonl`, in the order of problems and sample indices; return counts of traces and tokens.
 
-    Raises ModelError or DataError if the sampler cannot be opened.
+    With a stop rule also `unsolved.jsonl`: the problems that got no correct trace. Raises ModelError or DataError if
+    the sampler cannot be opened.
     """
-    requests = [
-        request
-        for problem in read_jsonl(inputs["problems"] / "problems.jsonl", Problem)
-        for request in _requests(options, problem)
-    ]
+    problems = list(read_jsonl(inputs["problems"] / "problems.jsonl", Problem))
     model = options.model or str(inputs["model"] / "model")
+    if options.stopping is not None:
+        return _in_waves(options, options.stopping, problems, model, out)
+    requests = [request for problem in problems for request in _requests(options, problem)]
     sample_traces(options.sampler, model, requests, options.decoding, options.policy, out, options.shard)
     return {} if options.shard else _metrics(read_jsonl(out / "traces.jsonl", Trace))
+
+
+def _in_waves(
+    options: SampleOptions, rule: StopRule, problems: Sequence[Problem], model: str, out: Path
+) -> dict[str, Any]:
+    """Sample wave after wave. What a wave holds depends on the texts before it, never on when they arrived."""
+    if options.shard is not None:
+        problems = problems[options.shard[0] :: options.shard[1]]
+    correct: dict[str, list[str]] = {problem.id: [] for problem in problems}
+    asked: dict[str, list[Request]] = {problem.id: [] for problem in problems}
+    unfinished = list(problems)
+    for number, first in enumerate(range(0, rule.most, options.samples)):
+        decoding = options.decoding
+        if rule.temperatures:
+            temperature = rule.temperatures[min(number, len(rule.temperatures) - 1)]
+            decoding = decoding.model_copy(update={"temperature": temperature})
+        indices = range(first, min(first + options.samples, rule.most))
+        wave = [request for problem in unfinished for request in _asking(options, problem, indices)]
+        sample_missing(options.sampler, model, wave, decoding, options.policy, out, options.shard)
+        for request in wave:
+            asked[request.problem_id].append(request)
+        for problem_id, text in _correct(options, rule, unfinished, standing_traces(wave, out)):
+            correct[problem_id].append(text)
+        kept = {name: diverse(texts, rule.rouge_l_max).count("") for name, texts in correct.items()}
+        unfinished = [problem for problem in unfinished if kept[problem.id] < rule.at]
+        if not unfinished:
+            break
+    if options.shard is not None:
+        return {}
+    finish_traces([request for requests in asked.values() for request in requests], out)
+    write_jsonl(out / "unsolved.jsonl", (problem for problem in problems if not correct[problem.id]))
+    return _metrics(read_jsonl(out / "traces.jsonl", Trace)) | _yield(options.sampler, kept)
+
+
+def _correct(
+    options: SampleOptions, rule: StopRule, problems: Sequence[Problem], traces: Iterable[Trace]
+) -> Iterator[tuple[str, str]]:
+    """Problem and text of every trace that is right and whole."""
+    by_id = {problem.id: problem for problem in problems}
+    traces = list(traces)
+    pairs = ((by_id[trace.problem_id], trace) for trace in traces)
+    verdicts = verify_all(options.task.judge(), pairs, rule.verify.timeout, rule.verify.processes)
+    for trace, verdict in zip(traces, verdicts, strict=True):
+        if verdict.correct and trace.finish_reason is FinishReason.STOP:
+            yield trace.problem_id, trace.text.strip()
+
+
+def _yield(sampler: Sampler, kept: Mapping[str, int]) -> dict[str, Any]:
+    """What the waves came to: usable traces (correct, not alike), problems without one, and money a usable trace."""
+    usable, unsolved = sum(kept.values()), [name for name, count in kept.items() if not count]
+    if unsolved:
+        more = ", ..." if len(unsolved) > NAMED else ""
+        say(f"  no correct trace for {len(unsolved)} of {len(kept)} problems: {', '.join(unsolved[:NAMED])}{more}")
+    spent = sampler.spent()
+    each = spent / usable if spent is not None and usable else None
+    return {"usable": usable, "unsolved": len(unsolved), "money_a_usable_trace": each}
+
+
+def _asking(options: SampleOptions, problem: Problem, indices: Iterable[int]) -> list[Request]:
+    messages = with_prefix(options.task.messages(problem), options.prefix)
+    return [
+        Request(problem.id, index, messages, derive_seed(options.seed, options.policy, problem.id, index))
+        for index in indices
+    ]
 
 
 def _requests(options: SampleOptions, problem: Problem) -> list[Request]:
@@ -54,11 +135,7 @@ def _requests(options: SampleOptions, problem: Problem) -> list[Request]:
     if options.round:
         coin = (options.phi, options.phi_unit, options.seed, options.round)
         count = latest_share(*coin, problem.id, options.samples)
-    messages = with_prefix(options.task.messages(problem), options.prefix)
-    return [
-        Request(problem.id, index, messages, derive_seed(options.seed, options.policy, problem.id, index))
-        for index in range(count)
-    ]
+    return _asking(options, problem, range(count))
 
 
 def _metrics(traces: Iterable[Trace]) -> dict[str, Any]:
