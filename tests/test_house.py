@@ -147,6 +147,8 @@ def test_speed_only_options_are_exactly_these() -> None:
         "sampler.openai.account",
         "sampler.openai.api_key_env",
         "sampler.openai.base_url",
+        "sampler.openai.batch",
+        "sampler.openai.batch_poll",
         "sampler.openai.budget",
         "sampler.openai.concurrency",
         "sampler.openai.endpoint",

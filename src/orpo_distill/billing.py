@@ -141,8 +141,8 @@ def _of_stage(config: Config, stage: Stage, options: SampleOptions | EvaluateOpt
         (f"{stage.name}: completion tokens", " to ".join(expected) or "not measured: run --pilot N", str(most)),
     ]
     if sampler.price.most(1, 1):
-        spans = [f"{sampler.price.most(prompt, ceil(missing * end)):.4f}" for end in mean] if mean else []
-        lines.append((f"{stage.name}: money", " to ".join(spans), f"{sampler.price.most(prompt, most):.4f}"))
+        spans = [f"{sampler.most(prompt, ceil(missing * end)).money:.4f}" for end in mean] if mean else []
+        lines.append((f"{stage.name}: money", " to ".join(spans), f"{sampler.most(prompt, most).money:.4f}"))
     for limit, value in sampler.budget.limits.items():
         lines.append((f"{stage.name}: budget", "", f"{value:g} {limit}"))
     return lines

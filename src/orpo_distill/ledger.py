@@ -38,12 +38,16 @@ CREATE TABLE asked (                -- what a key stands for
 ) WITHOUT ROWID;
 CREATE TABLE attempts (             -- one a request that left, or was about to
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, account TEXT NOT NULL, session TEXT NOT NULL, started REAL NOT NULL,
-    ended REAL, indices TEXT NOT NULL, state TEXT NOT NULL, again INTEGER NOT NULL,
+    ended REAL, indices TEXT NOT NULL, state TEXT NOT NULL, again INTEGER NOT NULL, batch TEXT,
     most_tokens INTEGER NOT NULL, most_money REAL NOT NULL, prompt INTEGER NOT NULL DEFAULT 0,
     cached_prompt INTEGER NOT NULL DEFAULT 0, completion INTEGER NOT NULL DEFAULT 0,
     reasoning INTEGER NOT NULL DEFAULT 0, money REAL NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX attempts_of_key ON attempts (key) WHERE state IN ('open', 'unknown');
+CREATE INDEX attempts_of_batch ON attempts (batch) WHERE batch IS NOT NULL AND state = 'open';
+CREATE TABLE batches (              -- attempts that left together; `remote` is the server's name for them
+    batch TEXT PRIMARY KEY, endpoint TEXT NOT NULL, remote TEXT
+) WITHOUT ROWID;
 CREATE TABLE samples (
     key TEXT NOT NULL, sample_index INTEGER NOT NULL, attempt INTEGER NOT NULL REFERENCES attempts (id),
     received REAL NOT NULL, completion_tokens INTEGER, choice TEXT NOT NULL, PRIMARY KEY (key, sample_index)
@@ -186,7 +190,7 @@ class Ledger:
         row = self.connection.execute("SELECT money, tokens, calls FROM accounts WHERE account = ?", (account,))
         return Spent(*(row.fetchone() or ()))
 
-    def begin(self, plan: Plan, account: str, budget: Mapping[str, float]) -> int:
+    def begin(self, plan: Plan, account: str, budget: Mapping[str, float], batch: str | None = None) -> int:
         """Record an attempt before its request leaves; its id.
 
         `budget` maps money, tokens or calls to the most that the account may come to. Raises BudgetReached if this
@@ -207,9 +211,9 @@ class Ledger:
         )
         self._add(account, plan.most.money, plan.most.tokens, 1)
         found = run(
-            "INSERT INTO attempts (key, account, session, started, indices, state, again, most_tokens,"
-            " most_money) VALUES (?, ?, ?, ?, ?, 'open', ?, ?, ?)",
-            (key, account, self.session, time.time(), json.dumps(plan.indices), earlier, plan.most.tokens,
+            "INSERT INTO attempts (key, account, session, started, indices, state, again, batch, most_tokens,"
+            " most_money) VALUES (?, ?, ?, ?, ?, 'open', ?, ?, ?, ?)",
+            (key, account, self.session, time.time(), json.dumps(plan.indices), earlier, batch, plan.most.tokens,
              plan.most.money),
         )  # fmt: skip
         return int(found.lastrowid or 0)
@@ -219,9 +223,12 @@ class Ledger:
     ) -> None:
         """Record a reply: its choices for the first of the attempt's samples, and what it cost.
 
-        Without `usage` the cost stays unknown. A sample that stands already is kept as it is.
+        Without `usage` the cost stays unknown. A sample that stands already is kept as it is, and so is an attempt that
+        is settled.
         """
-        key, account, indices, most_tokens, most_money = self._attempt(attempt)
+        key, account, indices, most_tokens, most_money, state = self._attempt(attempt)
+        if state != "open":
+            return
         run = self.connection.execute
         now = time.time()
         for index, choice, share in zip(indices, choices, shares, strict=False):
@@ -238,30 +245,52 @@ class Ledger:
 
     def fail(self, attempt: int, error: str, paid: bool) -> None:
         """Record that no reply came: `paid` if it may be billed all the same (then its cost stays unknown)."""
-        _, account, _, most_tokens, most_money = self._attempt(attempt)
-        state = "unknown" if paid else "void"
+        _, account, _, most_tokens, most_money, state = self._attempt(attempt)
+        if state != "open":
+            return
         self.connection.execute(
-            "UPDATE attempts SET state = ?, ended = ?, error = ? WHERE id = ?", (state, time.time(), error, attempt)
+            "UPDATE attempts SET state = ?, ended = ?, error = ? WHERE id = ?",
+            ("unknown" if paid else "void", time.time(), error, attempt),
         )
         if not paid:
             self._add(account, -most_money, -most_tokens, -1)
 
-    def _attempt(self, attempt: int) -> tuple[str, str, list[int], int, float]:
+    def name_batch(self, batch: str, endpoint: str, remote: str | None) -> None:
+        """Record a batch before it is sent (`remote` None), and what the server calls it afterwards."""
+        self.connection.execute("INSERT OR REPLACE INTO batches VALUES (?, ?, ?)", (batch, endpoint, remote))
+
+    def open_batches(self, endpoint: str) -> dict[str, str | None]:
+        """Batches with attempts that are not settled, and what the server calls them (None: perhaps never sent)."""
+        rows = self.connection.execute(
+            "SELECT batch, remote FROM batches WHERE endpoint = ? AND EXISTS (SELECT 1 FROM attempts WHERE"
+            " attempts.batch = batches.batch AND state = 'open')",
+            (endpoint,),
+        )
+        return dict(rows.fetchall())
+
+    def open_attempts(self, batch: str) -> dict[int, tuple[int, int]]:
+        """The attempts of a batch that are not settled: for how many samples each is, and its most tokens."""
+        rows = self.connection.execute(
+            "SELECT id, indices, most_tokens FROM attempts WHERE batch = ? AND state = 'open'", (batch,)
+        )
+        return {attempt: (len(json.loads(indices)), most) for attempt, indices, most in rows}
+
+    def _attempt(self, attempt: int) -> tuple[str, str, list[int], int, float, str]:
         row = self.connection.execute(
-            "SELECT key, account, indices, most_tokens, most_money FROM attempts WHERE id = ?", (attempt,)
+            "SELECT key, account, indices, most_tokens, most_money, state FROM attempts WHERE id = ?", (attempt,)
         ).fetchone()
-        key, account, indices, most_tokens, most_money = row
-        return key, account, json.loads(indices), most_tokens, most_money
+        key, account, indices, most_tokens, most_money, state = row
+        return key, account, json.loads(indices), most_tokens, most_money, state
 
     def _unsettled(self, key: str, indices: set[int]) -> int:
         """How many of these samples an earlier attempt may have bought unseen. Raises Busy for one under way."""
         rows = self.connection.execute(
-            "SELECT session, state, indices FROM attempts WHERE key = ? AND state IN ('open', 'unknown')", (key,)
+            "SELECT session, state, batch, indices FROM attempts WHERE key = ? AND state IN ('open', 'unknown')", (key,)
         )
         again: set[int] = set()
-        for session, state, text in rows.fetchall():
+        for session, state, batch, text in rows.fetchall():
             shared = indices.intersection(json.loads(text))
-            if shared and state == "open" and (session == self.session or _lives(self.path, session)):
+            if shared and state == "open" and (batch or session == self.session or _lives(self.path, session)):
                 raise Busy
             again |= shared
         return len(again)
@@ -298,16 +327,29 @@ def _explained(path: Path) -> Iterator[None]:
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     """Make the tables of a new file; check the version of an old one. Raises RunError for what is no ledger of ours."""
     _check(connection, path)  # before anything is written
-    connection.execute("PRAGMA journal_mode = WAL")
+    _write_ahead(connection)
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("BEGIN IMMEDIATE")
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if not tables:
-        for statement in SCHEMA.split(";"):
+        for statement in SCHEMA.split(";\n"):
             connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {APPLICATION}")
         connection.execute(f"PRAGMA user_version = {VERSION}")
     connection.execute("COMMIT")
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Set the journal's mode. Where others do the same at the same time SQLite refuses at once instead of waiting."""
+    patient_until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > patient_until:
+                raise
+        time.sleep(0.02)
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:

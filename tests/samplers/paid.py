@@ -34,12 +34,16 @@ COLUMNS = "id, key, account, started, ended, indices, state, again, most_tokens,
 def experiment(
     folder: Path, server: FaultyServer, problems: int, samples: int, name: str = "demo", **sampler: Any
 ) -> Path:
-    """The config of a run with so many train problems and teacher samples of each; `sampler` are the teacher's."""
-    data = folder / "data"
+    """The config of a run with so many train problems and teacher samples of each; `sampler` are the teacher's.
+
+    The run "backwards" has the same problems in reverse order.
+    """
+    data = folder / "data" / name
     data.mkdir(parents=True, exist_ok=True)
     for split, numbers in (("train", range(problems)), ("test", range(problems, problems + 2))):
         rows = [{"id": f"p{i}", "question": f"What is {i} + {i % 7}?", "answer": str(i + i % 7)} for i in numbers]
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        ordered = reversed(rows) if name == "backwards" else rows
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ordered))
     options = {"type": "openai", "base_url": server.base_url, "price": PRICE, "ledger": str(folder / "ledger.sqlite")}
     config = {
         "name": name,

@@ -70,19 +70,19 @@ def test_two_runs_share_what_either_buys(tmp_path: Path, several: bool | None) -
     """The same prompts and the same ledger at the same time: every sample is bought once, and both get its text."""
     with faulty_server(**SLOW) as server:
         configs = [
-            experiment(tmp_path, server, 60, 4, name, n=several, concurrency=8 if several is None else 32)
-            for name in ("one", "two")
+            experiment(tmp_path, server, 100, 4, name, n=several, concurrency=8 if several is None else 32)
+            for name in ("forwards", "backwards")
         ]
         processes = [start(config) for config in configs]
         ended = [finish(process) for process in processes]
         stats, log = server.settled(), server.log()
     assert [code for code, _ in ended] == [0, 0], ended
-    assert stats["true"]["choices"] == 240
-    books = audit(tmp_path, log, names(60))
+    assert stats["true"]["choices"] == 400
+    books = audit(tmp_path, log, names(100))
     assert not books.unknown()
-    for name in ("one", "two"):
-        check_traces(books, traces(tmp_path, name), 60, 4)
-        assert sum(attempt.account == name for attempt in books.attempts) > 10
+    for name in ("forwards", "backwards"):
+        check_traces(books, traces(tmp_path, name), 100, 4)
+        assert sum(attempt.account == name for attempt in books.attempts) > 20
 
 
 def test_a_run_takes_over_from_one_that_was_killed(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_run_takes_over_from_one_that_was_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "limit, cap, several", [("calls", 150, False), ("tokens", 60_000, False), ("money", 0.1, None)]
+    "limit, cap, several", [("calls", 150, False), ("tokens", 30_000, False), ("money", 0.1, None)]
 )
 def test_a_budget_holds(tmp_path: Path, limit: str, cap: float, several: bool | None) -> None:
     """Settled and, at their maximum, unsettled attempts never come to more, with 32 requests in flight and faults.

@@ -165,44 +165,48 @@ class Buyer:
                     self._found.put(self._completion(request, stands[index]))
             if not missing or self._stopping.is_set():
                 return
-            await self._buy(ask, sorted(missing))
+            if await self._buy(ask, sorted(missing)):
+                await asyncio.sleep(WAIT_FOR_OTHERS)
 
-    async def _buy(self, ask: Ask, indices: Sequence[int]) -> None:
-        """Try to buy these samples, in one request or in several at once."""
+    async def _buy(self, ask: Ask, indices: Sequence[int]) -> bool:
+        """Try to buy these samples, in one request or in several at once; whether another process is buying any."""
         if len(indices) > 1 and self._several is None:
             async with self._finding_out:
-                if self._several is None:
-                    await self._insist(ask, indices)
-                return
+                return self._several is None and await self._insist(ask, indices)
         parts = [indices] if self._several or len(indices) == 1 else [[index] for index in indices]
-        await asyncio.gather(*(self._insist(ask, part) for part in parts))
+        return any(await asyncio.gather(*(self._insist(ask, part) for part in parts)))
 
-    async def _insist(self, ask: Ask, indices: Sequence[int]) -> None:
-        """Send a request until it brings something, is refused, or has failed too often while others did not."""
+    async def _insist(self, ask: Ask, indices: Sequence[int]) -> bool:
+        """Send a request until it brings something, is refused, or has failed too often while others did not.
+
+        Gives up at once, and gives true, where another process is buying one of the samples.
+        """
         failures, since = 0, monotonic()
         while not self._stopping.is_set():
             try:
                 async with self._slots:
                     await self._attempt(ask, indices)
-                return
+                break
             except Busy:
-                await asyncio.sleep(WAIT_FOR_OTHERS)
-                return
-            except BudgetReached as error:
-                return self._halt(self._over_budget(error))
+                return True
             except NotOffered:
-                return
+                break
+            except BudgetReached as error:
+                self._halt(self._options.over_budget(error))
             except OrpoDistillError as error:
-                return self._halt(error)
+                self._halt(error)
             except Refused as error:
-                return self._refuse(ask, indices, error)
+                self._refuse(ask, indices, error)
+                break
             except Fault as error:
                 failures += self._tally.last_success > since
                 since = monotonic()
                 self._lose_patience(error)
                 if failures > self._options.retries:
-                    return self._give_up(ask, indices, str(error))
+                    self._give_up(ask, indices, str(error))
+                    break
                 await self._wait(error, failures)
+        return False
 
     async def _attempt(self, ask: Ask, indices: Sequence[int]) -> None:
         """One request. Raises Fault, Refused, NotOffered, Busy or BudgetReached; else something was bought."""
@@ -224,7 +228,7 @@ class Buyer:
                 raise fault from error
             usage = reply.usage
             parts = shares(reply.choices, usage.completion if usage else None)
-            money = options.price.of(usage) if usage else 0.0
+            money = options.cost(usage) if usage else 0.0
             await self._commit(lambda ledger: ledger.settle(attempt, reply.choices, parts, usage, money))
             self._limiter.correct((usage.tokens if usage else expected) - expected)
             self._tally.add(len(reply.choices), usage, money)
@@ -307,14 +311,6 @@ class Buyer:
             self._limiter.pause(fault.pause)
         else:
             await asyncio.sleep(random.uniform(0, min(LONGEST_BACKOFF, 2.0**failures)))
-
-    def _over_budget(self, error: BudgetReached) -> RunError:
-        limit, spent, most = error.limit, getattr(error.spent, error.limit), getattr(error.most, error.limit)
-        return RunError(
-            f"expected the missing samples within the budget of {self._options.budget.limits[limit]:g} {limit}, found "
-            f"{spent:.6g} spent or under way and up to {most:.6g} more for the next request; what was bought is kept: "
-            f"raise sampler.budget.{limit}, or lower problems.limit or samples, and run the same command"
-        )
 
     def _completion(self, request: Request, bought: Bought) -> Completion:
         text, finish = read_choice(bought.choice, self._options.thinking)

@@ -14,12 +14,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from orpo_distill.component import SPEED_ONLY, Options
-from orpo_distill.errors import ConfigError, missing_extra
-from orpo_distill.ledger import Ledger, Spent, Usage, default_path
+from orpo_distill.errors import ConfigError, RunError, missing_extra
+from orpo_distill.ledger import BudgetReached, Ledger, Spent, Usage, default_path
 from orpo_distill.samplers import Generate, Sampler
 from orpo_distill.samplers.replies import Thinking
 
 MILLION = 1_000_000
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Price(Options):
@@ -29,6 +30,7 @@ class Price(Options):
     completion: NonNegativeFloat = 0.0
     cached_prompt: NonNegativeFloat | None = None
     reasoning: NonNegativeFloat | None = None
+    batch: Share = 0.5  # of these in a batch
 
     def of(self, usage: Usage) -> float:
         """What a reply costs."""
@@ -75,6 +77,8 @@ class OpenAI(Sampler):
     seeds: Annotated[bool, SPEED_ONLY] = True  # send a seed with requests for one sample
     n: Annotated[bool | None, SPEED_ONLY] = None  # ask for several samples at once; default: found out
     timeout: Annotated[PositiveFloat, SPEED_ONLY] = 600.0  # seconds for a reply
+    batch: Annotated[bool, SPEED_ONLY] = False  # through the server's batch endpoint: hours instead of minutes, cheaper
+    batch_poll: Annotated[PositiveFloat, SPEED_ONLY] = 30.0  # seconds between looks at a batch
     concurrency: Annotated[PositiveInt, SPEED_ONLY] = 32  # requests in flight
     requests_per_minute: Annotated[PositiveFloat | None, SPEED_ONLY] = None
     tokens_per_minute: Annotated[PositiveFloat | None, SPEED_ONLY] = None
@@ -145,17 +149,40 @@ class OpenAI(Sampler):
         }
         return _variable(self.api_key_env, "api_key_env") if self.api_key_env else "", headers
 
+    def cost(self, usage: Usage) -> float:
+        """What a reply costs."""
+        return self.price.of(usage) * (self.price.batch if self.batch else 1.0)
+
     def most(self, prompt: int, completion: int) -> Spent:
         """The most that one request of so many tokens may cost."""
-        return Spent(self.price.most(prompt, completion), prompt + completion, 1)
+        money = self.price.most(prompt, completion) * (self.price.batch if self.batch else 1.0)
+        return Spent(money, prompt + completion, 1)
+
+    def over_budget(self, error: BudgetReached) -> RunError:
+        """The error for a budget that ends before the samples do."""
+        limit, spent, most = error.limit, getattr(error.spent, error.limit), getattr(error.most, error.limit)
+        return RunError(
+            f"expected the missing samples within the budget of {self.budget.limits[limit]:g} {limit}, found "
+            f"{spent:.6g} spent or under way and up to {most:.6g} more for the next request; what was bought is kept: "
+            f"raise sampler.budget.{limit}, or lower problems.limit or samples, and run the same command"
+        )
 
     @contextmanager
     def open(self, model: str) -> Iterator[Generate]:
         """Open the ledger; `model` is what the server calls it. Raises ConfigError or RunError."""
+        from orpo_distill.samplers.batches import BatchPurchase
         from orpo_distill.samplers.buyer import Purchase
 
         self.check()
         with Ledger(self.ledger_path) as ledger:
+            if self.batch:
+                yield BatchPurchase(self, model, ledger)
+                return
+            if ledger.open_batches(self.known_as):
+                raise RunError(
+                    f"expected sampler.batch: true while batches of {self.known_as} are under way, found false; set it "
+                    "until they have come back: what they hold is paid for"
+                )
             purchase = Purchase(self, model, ledger)
             try:
                 yield purchase
