@@ -27,6 +27,8 @@ from orpo_distill.forms import plain_prompt
 from orpo_distill.plan import plan
 from orpo_distill.records import Message, Pair, Problem, atomic_file, read_jsonl
 from orpo_distill.runs import RunFolder, disk_errors_explained
+from orpo_distill.samplers.asking import Asking
+from orpo_distill.samplers.openai import OpenAI
 from orpo_distill.sampling import Standing, prompt_id_of, with_prefix
 
 Format = Literal["trl", "trl-messages", "llama-factory", "ms-swift", "parquet", "batch"]
@@ -214,6 +216,8 @@ def _write_batch(config: Config, run: RunFolder, out: Path) -> str:
 def _requests(config: Config, run: RunFolder) -> Iterator[Row]:
     """A request for each gap in a problem's samples; its id says where the gap begins."""
     standing, teacher = Standing(run.of("teacher")), config.teacher
+    api = teacher.sampler if isinstance(teacher.sampler, OpenAI) else OpenAI(base_url="https://api.openai.com/v1")
+    asking = Asking(api, teacher.model, teacher.decoding)
     for problem in read_jsonl(run.of("problems") / "problems.jsonl", Problem):
         messages = with_prefix(config.task.messages(problem), teacher.prefix)
         prompt = prompt_id_of(messages)
@@ -222,8 +226,8 @@ def _requests(config: Config, run: RunFolder) -> Iterator[Row]:
             yield {
                 "custom_id": f"{problem.id}#{first}",
                 "method": "POST",
-                "url": "/v1/chat/completions",
-                "body": _body(config, messages, count),
+                "url": api.path,
+                "body": {**asking.body(messages), "n": count},
             }
 
 
@@ -237,17 +241,3 @@ def _gaps(missing: Sequence[int]) -> Iterator[tuple[int, int]]:
         first, count = (first, count + 1) if count else (number, 1)
     if count:
         yield first, count
-
-
-def _body(config: Config, messages: Sequence[Message], count: int) -> Row:
-    decoding = config.teacher.decoding
-    body = {
-        "model": config.teacher.model,
-        "messages": [asdict(message) for message in messages],
-        "n": count,
-        "temperature": decoding.temperature,
-        "top_p": decoding.top_p,
-        "max_tokens": decoding.max_new_tokens,
-    }
-    body |= {"top_k": decoding.top_k} if decoding.top_k else {}  # not OpenAI's: servers such as vLLM's take it
-    return body | ({"stop": list(decoding.stop)} if decoding.stop else {})

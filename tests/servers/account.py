@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
+
+from tests.servers.http1 import as_json
 
 
 @dataclass(slots=True)
@@ -87,7 +88,7 @@ class Account:
     def write(self, line: dict[str, Any]) -> None:
         """Append a line to the log."""
         if self.log:
-            self.log.write(json.dumps({"time": time.time(), **line}, ensure_ascii=False) + "\n")
+            self.log.write(as_json({"time": time.time(), **line}) + "\n")
 
     def stats(self, times: bool) -> dict[str, Any]:
         """Everything as JSON has it; the arrival times (seconds since the epoch) on request."""

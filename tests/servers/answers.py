@@ -13,6 +13,7 @@ from typing import Any
 SUM = re.compile(r"(-?\d+)\s*([+\-*x])\s*(-?\d+)")
 TOKEN = re.compile(r"\s*\S+")
 LARGEST_TEXT = 100_000  # tokens
+NASTY = "\x1b[31m\x1b]0;title\x07 \x00\x08\x7f\r \u2028\u2029\x85 \ud800 \u202e [/red] | <b> "
 OPENINGS: tuple[str, ...] = (
     "Let us see.",
     "First things first.",
@@ -41,11 +42,15 @@ THOUGHTS += ("let me do it slowly", "this is simple arithmetic", "I need only on
 
 @dataclass(frozen=True)
 class Style:
-    """How texts are made. `gold` holds answers by question, for questions that are no plain sums."""
+    """How texts are made. `gold` holds answers by question, for questions that are no plain sums.
+
+    `nasty` puts control characters and a lone surrogate before every text.
+    """
 
     right: float = 0.7
     reasoning: str = "none"
     gold: Mapping[str, str] | None = None
+    nasty: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +114,7 @@ def _wrong(known: str, draw: random.Random) -> str:
 def generate(question: str, key: str, style: Style, limits: Limits) -> Text:
     """The text that belongs to `key`: the same key gives the same text."""
     draw = random.Random(key)
-    content = answer(question, draw, style)
+    content = (NASTY if style.nasty else "") + answer(question, draw, style)
     thought = ". ".join(draw.choices(THOUGHTS, k=draw.randint(3, 9))) + "." if style.reasoning != "none" else ""
     reasoning = thought if style.reasoning == "reasoning_content" else ""
     if style.reasoning == "think":

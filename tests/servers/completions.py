@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.servers.account import Account, Count
-from tests.servers.answers import Limits, Style, Text, generate, messages_hash, prompt_tokens
+from tests.servers.answers import NASTY, Limits, Style, Text, generate, messages_hash, prompt_tokens
 from tests.servers.faults import Fault, error_reply, wrong_usage
 from tests.servers.http1 import Reply
 
@@ -48,6 +49,8 @@ class Completions:
             return error_reply(404, found, code="model_not_found", param="model")
         if body.get("stream"):
             return error_reply(400, "Streaming is not supported here.", param="stream")
+        if options.refuse_text and options.refuse_text in json.dumps(body[asked], ensure_ascii=False):
+            return error_reply(400, f"Inappropriate: {options.refuse_text}{NASTY if options.nasty else ''}")
         for name in sorted(body):
             if name in options.refuse:
                 return error_reply(

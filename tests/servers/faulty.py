@@ -97,7 +97,7 @@ class Faulty:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.account = Account.open(options.log)
-        style = Style(options.right, options.reasoning, read_gold(options.gold))
+        style = Style(options.right, options.reasoning, read_gold(options.gold), options.nasty)
         self.completions = Completions(options, style, self.account)
         self.batches = Batches(options, self.completions, self.account)
         self.faults = Faults(options.fault_rate, options.faults, options.seed)
@@ -115,6 +115,8 @@ class Faulty:
             reply = await self._route(asked, number)
         finally:
             self.account.in_flight -= 1
+        if self.options.echo and (reply.status >= 400 or b'"object": "error"' in reply.body):
+            reply = error_reply(reply.status, f"{reply.body.decode()} You sent {asked.headers}")
         self.account.statuses[str(reply.status) if reply.send is None else "cut"] += 1
         reply.headers = {**reply.headers, "x-request-id": f"req_{number}", **self.limiter.headers()}
         return reply
@@ -247,6 +249,9 @@ def parser() -> argparse.ArgumentParser:
     add("--max-n-mode", choices=("refuse", "ignore"), default="refuse", help="400, or fewer choices in silence")
     add("--strict", action="store_true", help="400 for parameters that OpenAI does not know")
     add("--refuse", type=names(), default=(), help="parameters that get a 400")
+    add("--refuse-text", default="", help="prompts that hold this text get a 400")
+    add("--nasty", action="store_true", help="texts, and errors of --refuse-text, begin with control characters")
+    add("--echo", action="store_true", help="every error repeats the request's headers, the key among them")
     add("--prompt-cache", action="store_true", help="a prompt seen before is reported as cached")
     add("--latency", type=float, default=0.0, help="seconds")
     add("--jitter", type=float, default=0.0, help="seconds, the most that is added to the latency")

@@ -51,7 +51,17 @@ Handler = Callable[[Asked], Awaitable[Reply]]
 
 def json_reply(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
     """A reply whose body is `value` as JSON."""
-    return Reply(status, json.dumps(value, ensure_ascii=False).encode(), headers or {})
+    return Reply(status, as_json(value).encode(), headers or {})
+
+
+def as_json(value: object) -> str:
+    """JSON that UTF-8 can hold: lone surrogates are escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
 
 
 class Connection(asyncio.Protocol):

@@ -21,7 +21,7 @@ from orpo_distill.records import FinishReason
 from orpo_distill.samplers import Completion, Decoding, Request
 from orpo_distill.samplers.asking import Ask, Asking
 from orpo_distill.samplers.faults import PASSES, WORDS, Fault, Refused, fault_of
-from orpo_distill.samplers.replies import Malformed, read_choice, read_reply, shares
+from orpo_distill.samplers.replies import Malformed, read_bought, read_reply, shares
 
 if TYPE_CHECKING:
     from openai import OpenAI as Client
@@ -73,9 +73,7 @@ class BatchPurchase:
             for index, request in list(ask.requests.items()):
                 refused = self._refused.get((ask.asked.key, index))
                 if index in stands:
-                    bought = stands[index]
-                    text, finish = read_choice(bought.choice, self._options.thinking)
-                    yield Completion(request, text, finish, bought.prompt_tokens, bought.completion_tokens)
+                    yield read_bought(request, stands[index], self._options.thinking)
                 elif refused is not None:
                     yield Completion(request, "", FinishReason.ERROR, error=refused)
                 else:
@@ -124,7 +122,7 @@ class BatchPurchase:
     def _send(self, name: str, attempts: Mapping[int, Part]) -> None:
         if not attempts:
             return
-        path = "/v1/chat/completions" if self._options.api == "chat" else "/v1/completions"
+        path = self._options.path
         lines = [
             {"custom_id": str(attempt), "method": "POST", "url": path, "body": self._body(ask, indices)}
             for attempt, (ask, indices) in attempts.items()

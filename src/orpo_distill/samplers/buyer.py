@@ -23,7 +23,7 @@ from orpo_distill.samplers.asking import Ask, Asking
 from orpo_distill.samplers.commits import Commits
 from orpo_distill.samplers.faults import Fault, NotOffered, Refused, fault_of
 from orpo_distill.samplers.rates import Limiter, asked_pause
-from orpo_distill.samplers.replies import Malformed, read_choice, read_reply, shares
+from orpo_distill.samplers.replies import Malformed, read_bought, read_reply, shares
 from orpo_distill.samplers.servers import Server, Servers
 
 if TYPE_CHECKING:
@@ -145,11 +145,14 @@ class Buyer:
         self._stopping.set()
 
     async def _come_back(self, tasks: set[asyncio.Task[None]]) -> None:
-        """Wait for all tasks; once nothing more is to be asked for, only a little longer."""
+        """Wait for all tasks; once nothing more is to be asked for, only for replies, and only a little longer."""
         while tasks and not self._stopping.is_set():
             await asyncio.wait(tasks, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED)
+        end = monotonic() + GRACE
+        while tasks and self._servers.in_flight and monotonic() < end:
+            await asyncio.wait(tasks, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED)
         if tasks:
-            _, late = await asyncio.wait(set(tasks), timeout=GRACE)
+            _, late = await asyncio.wait(set(tasks), timeout=LOOK)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
@@ -313,9 +316,8 @@ class Buyer:
             await asyncio.sleep(random.uniform(0, min(LONGEST_BACKOFF, 2.0**failures)))
 
     def _completion(self, request: Request, bought: Bought) -> Completion:
-        text, finish = read_choice(bought.choice, self._options.thinking)
         self._tally.delivered += 1
-        return Completion(request, text, finish, bought.prompt_tokens, bought.completion_tokens)
+        return read_bought(request, bought, self._options.thinking)
 
 
 class _Tally:

@@ -112,6 +112,11 @@ class OpenAI(Sampler):
         return (self.base_url,) if isinstance(self.base_url, str) else self.base_url
 
     @property
+    def path(self) -> str:
+        """Where requests go, as a batch names it."""
+        return "/v1/chat/completions" if self.api == "chat" else "/v1/completions"
+
+    @property
     def known_as(self) -> str:
         """The endpoint's name in the ledger."""
         return self.endpoint or self.urls[0]

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orpo_distill.ledger import Usage
+from orpo_distill.ledger import Bought, Usage
 from orpo_distill.records import FinishReason
+from orpo_distill.samplers import Completion, Request
 
 Thinking = Literal["keep", "strip", "answer_only"]
+FILTERED = ("content_filter", "refusal")  # finish reasons
 OPENING, CLOSING = "<think>", "</think>"
 LONGEST_TOKENS = 10  # characters that tokens have at most on average: llama.cpp counts only the first of n choices
 
@@ -38,7 +40,7 @@ def read_reply(content: bytes, samples: int, most_prompt: int, most_completion: 
     """
     try:
         data = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Malformed(f"expected JSON, found {content[:80]!r}") from error
     choices = data.get("choices") if isinstance(data, dict) else None
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
@@ -47,7 +49,7 @@ def read_reply(content: bytes, samples: int, most_prompt: int, most_completion: 
     letters = sum(len(_content(choice)) + len(_reasoning(choice)) for choice in kept)
     least_completion = -(-letters // LONGEST_TOKENS)
     usage = _usage(data.get("usage"), most_prompt, range(least_completion, samples * most_completion + 1))
-    return Reply(tuple(json.dumps(choice, ensure_ascii=False) for choice in kept), usage)
+    return Reply(tuple(map(_as_json, kept)), usage)
 
 
 def shares(choices: Sequence[str], tokens: int | None) -> list[int | None]:
@@ -63,13 +65,23 @@ def shares(choices: Sequence[str], tokens: int | None) -> list[int | None]:
     return list(found)
 
 
+def read_bought(request: Request, bought: Bought, thinking: Thinking) -> Completion:
+    """A sample from the ledger as the completion of a request."""
+    text, finish = read_choice(bought.choice, thinking)
+    error = "cut by the server's filter" if finish is FinishReason.ERROR else ""
+    return Completion(request, text, finish, bought.prompt_tokens, bought.completion_tokens, error)
+
+
 def read_choice(choice: str, thinking: Thinking) -> tuple[str, FinishReason]:
     """The text of a choice that the student is to learn, and why it ended.
 
     A reasoning model's thinking (`reasoning_content` or `reasoning` beside the content, or <think> ... </think> in it)
-    is kept in its tags (`keep`), kept as plain text before the answer (`strip`), or left out (`answer_only`).
+    is kept in its tags (`keep`), kept as plain text before the answer (`strip`), or left out (`answer_only`). What the
+    server's filter has cut is an error and no text.
     """
     data: dict[str, Any] = json.loads(choice)
+    if data.get("finish_reason") in FILTERED:
+        return "", FinishReason.ERROR
     cut = data.get("finish_reason") in ("length", "max_tokens")
     thought, answer, closed = _apart(_reasoning(data), _content(data))
     finish = FinishReason.LENGTH if cut else FinishReason.STOP
@@ -90,6 +102,16 @@ def _apart(reasoning: str, content: str) -> tuple[str, str, bool]:
     if content.lstrip().startswith(OPENING):
         return content.lstrip().removeprefix(OPENING).strip(), "", False
     return "", content, True
+
+
+def _as_json(choice: Mapping[str, Any]) -> str:
+    """Text that UTF-8 cannot hold (lone surrogates) stays escaped."""
+    text = json.dumps(choice, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(choice)
+    return text
 
 
 def _body(choice: Mapping[str, Any]) -> Mapping[str, Any] | None:
