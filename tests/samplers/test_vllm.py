@@ -18,13 +18,16 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from benchmarks.environments import python_of
 from orpo_distill.errors import ConfigError, ModelError
+from orpo_distill.ledger import Ledger
 from orpo_distill.models import load_model, load_tokenizer
 from orpo_distill.records import FinishReason, Message
 from orpo_distill.samplers import Completion, Decoding, Generate, Request
 from orpo_distill.samplers.hf import HF
+from orpo_distill.samplers.openai import OpenAI
 from orpo_distill.samplers.prompts import encode_prompt
 from orpo_distill.samplers.vllm import VLLM, root_cause
 from tests.checkpoints import CHAT_TEMPLATE, CONTEXT, save_tiny_checkpoint
+from tests.servers.vllm_serve import vllm_server
 
 GREEDY = Decoding(temperature=0, max_new_tokens=30)
 QUESTIONS = ("abc", "bad", "hedge a cab", "deaf head fed a bad cab " * 3)
@@ -184,3 +187,26 @@ def test_the_engine_dies_with_the_process_that_opened_it(model: Path) -> None:
             return
         time.sleep(0.2)
     pytest.fail("the engine's processes are still there")
+
+
+@engine_needed
+def test_the_openai_sampler_against_vllm_serve(model: Path, tmp_path: Path) -> None:
+    """Greedy answers are those of `hf`; n choices a call; a second run asks nothing; a wrong model is named."""
+    four = [request(question, index) for question in QUESTIONS for index in range(4)]
+    with vllm_server(model, tmp_path / "log") as url:
+        paid = OpenAI(base_url=url, ledger=tmp_path / "ledger.sqlite")
+        with paid.open("tiny") as generate:
+            greedy = [one.text for one in complete(generate, [request(question) for question in QUESTIONS], GREEDY)]
+        with paid.open("tiny") as generate:
+            first = complete(generate, four, Decoding(max_new_tokens=20))
+        with Ledger(paid.ledger_path) as ledger:
+            calls = ledger.connection.execute("SELECT state, count(*) FROM attempts GROUP BY state").fetchall()
+        missing = pytest.raises(ModelError, match=r"HTTP 404: The model `other` does not exist")
+        with missing, paid.open("other") as generate:
+            list(generate(four, GREEDY))
+    with paid.open("tiny") as generate:  # the server is gone
+        assert complete(generate, four, Decoding(max_new_tokens=20)) == first
+    with HF(dtype="float32").open(str(model)) as generate:
+        assert greedy == [one.text for one in complete(generate, [request(question) for question in QUESTIONS], GREEDY)]
+    assert calls == [("settled", 2 * len(QUESTIONS))]
+    assert len({one.text for one in first}) > len(QUESTIONS)

@@ -20,7 +20,7 @@ from orpo_distill.progress import say
 from orpo_distill.records import FinishReason
 from orpo_distill.samplers import Completion, Decoding, Request
 from orpo_distill.samplers.asking import Ask, Asking
-from orpo_distill.samplers.faults import PASSES, WORDS, Fault, Refused, fault_of
+from orpo_distill.samplers.faults import PASSES, Fault, Refused, fault_of, shown
 from orpo_distill.samplers.replies import Malformed, read_bought, read_reply, shares
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class BatchPurchase:
 
     def __init__(self, options: OpenAI, model: str, ledger: Ledger) -> None:
         self._options, self._model, self._ledger = options, model, ledger
-        self._key, headers = options.secrets()
-        self._client = _client(options, self._key, headers)
+        self._client = _client(options, *options.secrets())
+        self._secrets = options.secret_values
         self._calls = 0
         self._sent: dict[int, Part] = {}  # what this process's attempts are for
         self._refused: dict[tuple[str, int], str] = {}  # samples that cannot heal, by key and index, and why
@@ -217,7 +217,7 @@ class BatchPurchase:
         options, status = self._options, response.get("status_code")
         if status != 200:
             error = row.get("error") or (response.get("body") or {}).get("error") or response
-            words = f"HTTP {status}: {error}"[:WORDS].replace(self._key or "\0", "[key]")
+            words = f"HTTP {status}: {shown(str(error), self._secrets)}"
             if isinstance(status, int) and status not in PASSES:
                 ask, indices = self._sent.get(attempt, (None, ()))
                 self._refused |= {(ask.asked.key, index): words for index in indices if ask}
@@ -226,7 +226,7 @@ class BatchPurchase:
         try:
             reply = read_reply(json.dumps(response.get("body")).encode(), samples, most, most // samples)
         except Malformed as malformed:
-            words = str(malformed)
+            words = f"{malformed}, found {shown(str(response.get('body')), self._secrets)}"
             return lambda ledger: ledger.fail(attempt, words, True)
         usage = reply.usage
         parts = shares(reply.choices, usage.completion if usage else None)
@@ -248,7 +248,7 @@ class BatchPurchase:
             try:
                 return call()
             except Exception as error:
-                fault = fault_of(error, self._key)
+                fault = fault_of(error, self._secrets)
                 if fault is None and isinstance(error, ValueError | AttributeError | TypeError):
                     fault = Fault(f"a malformed answer ({error})", paid=True)  # the client takes anything for one
                 if fault is None:

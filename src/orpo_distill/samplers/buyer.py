@@ -21,7 +21,7 @@ from orpo_distill.records import FinishReason
 from orpo_distill.samplers import Completion, Decoding, Request
 from orpo_distill.samplers.asking import Ask, Asking
 from orpo_distill.samplers.commits import Commits
-from orpo_distill.samplers.faults import Fault, NotOffered, Refused, fault_of
+from orpo_distill.samplers.faults import Fault, NotOffered, Refused, fault_of, shown
 from orpo_distill.samplers.rates import Limiter, asked_pause
 from orpo_distill.samplers.replies import Malformed, read_bought, read_reply, shares
 from orpo_distill.samplers.servers import Server, Servers
@@ -87,6 +87,7 @@ class Buyer:
         self._asking = Asking(options, model, decoding)
         self._commit = Commits(ledger)
         self._key, self._headers = options.secrets()
+        self._secrets = options.secret_values
         self._several = options.n  # whether a request may ask for several samples; None: not known yet
         self._singles = 0  # replies with one choice where several were asked for, in a row
         self._why: OrpoDistillError | None = None  # the first reason to stop
@@ -227,7 +228,8 @@ class Buyer:
             try:
                 reply = read_reply(content, len(indices), ask.most_prompt, most_completion)
             except Malformed as error:
-                await self._failed(attempt, fault := Fault(str(error), paid=True))
+                found = shown(content.decode(errors="replace"), self._secrets)
+                await self._failed(attempt, fault := Fault(f"{error}, found {found}", paid=True))
                 raise fault from error
             usage = reply.usage
             parts = shares(reply.choices, usage.completion if usage else None)
@@ -255,7 +257,7 @@ class Buyer:
             await asyncio.shield(self._failed(attempt, Fault("stopped before the reply came", paid=True)))
             raise
         except Exception as error:
-            fault = fault_of(error, self._key)
+            fault = fault_of(error, self._secrets)
             if fault is None:
                 raise
             await self._failed(attempt, fault)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from orpo_distill.samplers.rates import asked_pause
@@ -34,19 +35,18 @@ class Refused(Fault):
         super().__init__(why, paid=False)
 
 
-def fault_of(error: Exception, key: str) -> Fault | None:
-    """What an error of the client means; None if it is none of its. The key is blotted out of the server's words."""
+def fault_of(error: Exception, secrets: Sequence[str]) -> Fault | None:
+    """What an error of the client means; None if it is none of its. Secrets are blotted out of the server's words."""
     from openai import APIConnectionError, APIStatusError
 
     if isinstance(error, APIStatusError):
-        return _of_status(error.status_code, _words(error.response, key), error)
+        return _of_status(error.status_code, shown(_words(error.response), secrets), error)
     if isinstance(error, APIConnectionError):
         cause: BaseException = error  # the client translates twice, once wrongly: only the first cause tells
         while cause.__cause__ is not None:
             cause = cause.__cause__
         left = not any(kind.__name__ in NEVER_LEFT for kind in type(cause).__mro__)
-        words = " ".join((str(cause) or error.message).split())
-        return Fault(f"{words} ({type(cause).__name__})".replace(key or "\0", "[key]"), left)
+        return Fault(f"{shown(str(cause) or error.message, secrets)} ({type(cause).__name__})", left)
     return None
 
 
@@ -61,7 +61,15 @@ def _of_status(status: int, words: str, error: Any) -> Fault:
     return Refused(why, status in EVERYWHERE or out_of_credit)
 
 
-def _words(response: Any, key: str) -> str:
+def shown(words: str, secrets: Sequence[str]) -> str:
+    """A server's words on one line that is not too long, without the secrets, and fit for any file."""
+    for secret in secrets:
+        words = words.replace(secret or "\0", "[key]")  # first: a secret that is cut cannot be found any more
+    line = " ".join(words.encode(errors="replace").decode().split())
+    return (line[:WORDS] + "…" if len(line) > WORDS else line) or "no words"
+
+
+def _words(response: Any) -> str:
     """A server's own words, from any of the usual places."""
     text: str = response.text
     try:
@@ -69,7 +77,6 @@ def _words(response: Any, key: str) -> str:
         inner = data.get("error", data) if isinstance(data, dict) else data
         message = inner.get("message") or inner.get("detail") if isinstance(inner, dict) else inner
         text = message if isinstance(message, str) else text
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
-    text = " ".join(text.split()).replace(key or "\0", "[key]")
-    return (text[:WORDS] + "…" if len(text) > WORDS else text) or "no words"
+    return text

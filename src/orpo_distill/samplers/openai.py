@@ -154,6 +154,12 @@ class OpenAI(Sampler):
         }
         return _variable(self.api_key_env, "api_key_env") if self.api_key_env else "", headers
 
+    @property
+    def secret_values(self) -> tuple[str, ...]:
+        """What must not be shown or written: the key, and the headers that come from the environment."""
+        key, headers = self.secrets()
+        return key, *(headers[name] for name, value in self.extra_headers.items() if value.startswith("$"))
+
     def cost(self, usage: Usage) -> float:
         """What a reply costs."""
         return self.price.of(usage) * (self.price.batch if self.batch else 1.0)

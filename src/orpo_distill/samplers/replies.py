@@ -41,10 +41,10 @@ def read_reply(content: bytes, samples: int, most_prompt: int, most_completion: 
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"expected JSON, found {content[:80]!r}") from error
+        raise Malformed("expected JSON") from error
     choices = data.get("choices") if isinstance(data, dict) else None
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-        raise Malformed(f"expected a list of choices, found {content[:80]!r}")
+        raise Malformed("expected a list of choices")
     kept = [choice for choice in choices if _body(choice) is not None][:samples]
     letters = sum(len(_content(choice)) + len(_reasoning(choice)) for choice in kept)
     least_completion = -(-letters // LONGEST_TOKENS)

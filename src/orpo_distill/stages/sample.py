@@ -89,7 +89,8 @@ def _in_waves(
             correct[problem_id].append(text)
         kept = {name: diverse(texts, rule.rouge_l_max).count("") for name, texts in correct.items()}
         unfinished = [problem for problem in unfinished if kept[problem.id] < rule.at]
-        say(f"  {options.policy}, wave {number + 1}: {sum(kept.values())} usable traces, {len(unfinished)} problems left")
+        usable = sum(kept.values())
+        say(f"  {options.policy}, wave {number + 1}: {usable} usable traces, {len(unfinished)} problems left")
         if not unfinished:
             break
     if options.shard is not None:
