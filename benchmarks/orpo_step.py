@@ -40,7 +40,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-from environments import Dtype, NotInstalledError, checkpoint, fast_dtype, python_of
+from environments import Dtype, checkpoint, fast_dtype, python_of
 from step_side import OUT_OF_MEMORY, Result, Row, Spec
 from workloads import PROBLEMS, TRACES, WORKLOADS, problems
 
@@ -233,10 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=get_args(Dtype), help="of the weights (default: the faster one)")
     parser.add_argument("--trl-python", type=Path, help="an interpreter with TRL 1.16 (default: one is made)")
     options = parser.parse_args(argv)
-    try:
-        model, trl_python = options.model or checkpoint(), options.trl_python or python_of("trl")
-    except NotInstalledError as error:
-        raise SystemExit(str(error)) from error
+    model, trl_python = options.model or checkpoint(), options.trl_python or python_of("trl")
     runner = Runner(model, trl_python, options.dtype or fast_dtype())
     for workload in [options.workload] if options.workload else WORKLOADS:
         say(workload)

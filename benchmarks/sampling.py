@@ -155,10 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = QUICK if options.quick else Size()
     given = {name: getattr(options, name) for name in ("prompts", "max_new_tokens", "turns")}
     size = replace(size, **{name: value for name, value in given.items() if value is not None})
-    try:
-        model = options.model or checkpoint()
-    except NotInstalledError as error:
-        raise SystemExit(str(error)) from error
+    model = options.model or checkpoint()
     spec = specification(model, size, options.dtype or fast_dtype())
     print(json.dumps(compare(spec, size, None if options.no_vllm else vllm_python())))
 

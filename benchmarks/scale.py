@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from environments import NotInstalledError, checkpoint, python_of
+from environments import checkpoint, python_of
 from scale_side import Kind, Spec
 
 from orpo_distill.progress import say
@@ -119,10 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     problems = options.problems or Size.problems // (10 if options.quick else 1)
     size = Size(problems, max(1, problems // 5), max(1, problems // 31))
-    try:
-        tokenizer = options.tokenizer or checkpoint()
-    except NotInstalledError as error:
-        raise SystemExit(str(error)) from error
+    tokenizer = options.tokenizer or checkpoint()
     spec = Spec("pair", "", problems=problems, tokenizer=str(tokenizer))
     parts = {
         "large": large(spec),

@@ -80,6 +80,9 @@ def seconds_a_pair(config: Config, pairs: Path) -> float:
     needs_rejected = "rejected" in objective.requires
     rows = tokenize(read_jsonl(pairs / "pairs.jsonl", Pair), tokenizer, train.max_length, needs_rejected)
     prepare(model, rows[:1], train.gradient_checkpointing)
+    model.train()
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     steps = (rows[start : start + train.pairs_per_step] for start in range(0, len(rows), train.pairs_per_step))
     batches = itertools.chain.from_iterable(micro_batches(step, train.tokens_per_batch) for step in steps)
     timed = list(itertools.islice(batches, MOST_TIMED))

@@ -28,7 +28,7 @@ from orpo_distill.groups import Row
 from orpo_distill.interrupt import Stop
 from orpo_distill.models import save_checkpoint
 from orpo_distill.objectives import Objective
-from orpo_distill.packing import collate, micro_batches, packed_tokens, padded_tokens
+from orpo_distill.packing import Size, collate, micro_batches, packed_tokens, padded_tokens
 from orpo_distill.progress import say
 from orpo_distill.records import derive_seed, write_text
 from orpo_distill.scoring import prepare, score
@@ -80,7 +80,8 @@ def run(
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     except (RuntimeError, MemoryError) as error:
         if ran_out_of_memory(error):
-            raise out_of_memory(trainer.under_way if trainer else (), course.tokens_per_batch) from error
+            rows, size = (trainer.under_way, trainer.size) if trainer else ((), packed_tokens)
+            raise out_of_memory(rows, size, course.tokens_per_batch) from error
         raise
 
 
@@ -95,7 +96,7 @@ class GroupTrainer(Trainer):
         self.tokenizer = tokenizer
         longest = max((row for step in course.steps for row in step), key=lambda row: row.length)
         route = prepare(model, [longest], bool(args.activation_checkpointing))
-        self._size = packed_tokens if route.groups else padded_tokens
+        self.size = packed_tokens if route.groups else padded_tokens
         for reason in route.reasons if args.process_index == 0 else ():
             say(f"  {type(model).__name__}: {reason}; training is right, but slower and larger")
         self.under_way: Sequence[Row] = ()  # the rows of the micro-batch in memory
@@ -119,7 +120,7 @@ class GroupTrainer(Trainer):
         torch.manual_seed(derive_seed(self.args.seed, "dropout", number, self.args.process_index))
         model.train()
         rows = self.course.rows(number)
-        batches = micro_batches(rows, self.course.tokens_per_batch, world, self._size)
+        batches = micro_batches(rows, self.course.tokens_per_batch, world, self.size)
         own = batches[self.args.process_index :: world]
         self._step = _Step(number, rows, self._get_learning_rate())
         for place, batch in enumerate(own, start=1):
@@ -343,7 +344,7 @@ def cut_log(log: Path, step: int) -> None:
     write_text(log, "".join(kept))
 
 
-def out_of_memory(rows: Sequence[Row], tokens_per_batch: int) -> TrainingError:
+def out_of_memory(rows: Sequence[Row], size: Size, tokens_per_batch: int) -> TrainingError:
     """The error for a micro-batch that does not fit, with the setting to lower and the longest row."""
     if not rows:
         return TrainingError(
@@ -355,7 +356,7 @@ def out_of_memory(rows: Sequence[Row], tokens_per_batch: int) -> TrainingError:
     if len(rows) == 1:
         lower = "set train.gradient_checkpointing: true, or lower train.max_length and pairs.max_response_tokens"
     return TrainingError(
-        f"expected a micro-batch of {len(rows)} pairs ({packed_tokens(rows)} tokens) to fit into memory, found that it "
+        f"expected a micro-batch of {len(rows)} pairs ({size(rows)} tokens) to fit into memory, found that it "
         f"does not; its longest row has {longest.length} tokens: {longest.name}; {lower}"
     )
 

@@ -50,7 +50,9 @@ class Completions:
         if body.get("stream"):
             return error_reply(400, "Streaming is not supported here.", param="stream")
         if options.refuse_text and options.refuse_text in json.dumps(body[asked], ensure_ascii=False):
-            return error_reply(options.refuse_status, f"Inappropriate: {options.refuse_text}{NASTY if options.nasty else ''}")
+            return error_reply(
+                options.refuse_status, f"Inappropriate: {options.refuse_text}{NASTY if options.nasty else ''}"
+            )
         for name in sorted(body):
             if name in options.refuse:
                 return error_reply(

@@ -116,7 +116,7 @@ class Faulty:
         finally:
             self.account.in_flight -= 1
         if self.options.echo and (reply.status >= 400 or b'"object": "error"' in reply.body):
-            reply = error_reply(reply.status, f"{reply.body.decode()} You sent {asked.headers}")
+            reply = error_reply(reply.status, f"You sent {asked.headers}: {reply.body.decode()}")
         self.account.statuses[str(reply.status) if reply.send is None else "cut"] += 1
         reply.headers = {**reply.headers, "x-request-id": f"req_{number}", **self.limiter.headers()}
         return reply

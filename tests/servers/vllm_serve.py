@@ -25,7 +25,13 @@ def vllm_server(model: Path, log: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     # What `vllm serve` runs; the command itself asks for a package named vllm, which the CPU build is not.
     command = [str(python_of("vllm")), "-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1", f"--port={port}"]
-    options = [f"--model={model}", "--dtype=float32", "--enforce-eager", "--served-model-name=tiny", "--gpu-memory-utilization=0.1"]
+    options = [
+        f"--model={model}",
+        "--dtype=float32",
+        "--enforce-eager",
+        "--served-model-name=tiny",
+        "--gpu-memory-utilization=0.1",
+    ]
     with log.open("wb") as said:
         process = subprocess.Popen([*command, *options], stdout=said, stderr=said, start_new_session=True)
     try:

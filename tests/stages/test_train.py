@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from orpo_distill.errors import ConfigError, DataError, RunError, TrainingError
 from orpo_distill.models import load_model, load_tokenizer
 from orpo_distill.objectives import Objective
+from orpo_distill.packing import packed_tokens
 from orpo_distill.trainer import out_of_memory
 from tests.checkpoints import CHAT_TEMPLATE, save_tiny_checkpoint
 from tests.training import objective, options, ragged_pairs, ready_trainer, rows_of, run_train, weights, write_pairs
@@ -122,9 +123,9 @@ def test_out_of_memory_says_what_to_lower(student: Path) -> None:
     lower = r"lower train.tokens_per_batch \(now 64\)"
     for few, setting in ((rows, lower), ([longest], "gradient_checkpointing: true")):
         with pytest.raises(TrainingError, match=setting) as caught:
-            raise out_of_memory(few, 64)
+            raise out_of_memory(few, packed_tokens, 64)
         assert longest.name in str(caught.value) and f"{longest.length} tokens" in str(caught.value)
-    assert "smaller student" in str(out_of_memory([], 8))
+    assert "smaller student" in str(out_of_memory([], packed_tokens, 8))
 
 
 def test_same_run_same_log_and_weights(student: Path, pairs: Path, tmp_path: Path) -> None:

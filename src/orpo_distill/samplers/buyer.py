@@ -23,7 +23,7 @@ from orpo_distill.samplers.asking import Ask, Asking
 from orpo_distill.samplers.commits import Commits
 from orpo_distill.samplers.faults import Fault, NotOffered, Refused, fault_of, shown
 from orpo_distill.samplers.rates import Limiter, asked_pause
-from orpo_distill.samplers.replies import Malformed, read_bought, read_reply, shares
+from orpo_distill.samplers.replies import Malformed, Reply, read_bought, read_reply, shares
 from orpo_distill.samplers.servers import Server, Servers
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ class Buyer:
         self._why: OrpoDistillError | None = None  # the first reason to stop
         self._stopping = threading.Event()
         self._tally = _Tally()
-        self._refused = 0
+        self._refused, self._last_refusal = 0, ""
+        self._open = 0  # attempts under way
 
     def stop(self) -> None:
         """Ask for nothing more (from any thread)."""
@@ -125,7 +126,7 @@ class Buyer:
             await self._servers.close()
             self._commit.close()
         if self._refused and not self._tally.calls and not self._tally.delivered:
-            self._halt(self._unusable("every request was refused"))
+            self._halt(self._unusable(f"every request was refused, the last with {self._last_refusal}"))
         if self._why:
             raise self._why
 
@@ -193,10 +194,13 @@ class Buyer:
                 break
             except Busy:
                 return True
-            except NotOffered:
+            except NotOffered as error:
+                await self._ask_for_one(ask, indices, error)
                 break
             except BudgetReached as error:
-                self._halt(self._options.over_budget(error))
+                if not self._open:
+                    self._halt(self._options.over_budget(error))
+                await asyncio.sleep(LOOK)  # what is under way counts at its maximum until it is settled
             except OrpoDistillError as error:
                 self._halt(error)
             except Refused as error:
@@ -212,6 +216,14 @@ class Buyer:
                 await self._wait(error, failures)
         return False
 
+    async def _ask_for_one(self, ask: Ask, indices: Sequence[int], error: NotOffered) -> None:
+        """Find out whether several samples were refused for their number or for the prompt."""
+        busy = await self._insist(ask, indices[:1])
+        if indices[0] in ask.given_up:
+            self._give_up(ask, indices[1:], str(error))
+        elif not busy:
+            self._several = False
+
     async def _attempt(self, ask: Ask, indices: Sequence[int]) -> None:
         """One request. Raises Fault, Refused, NotOffered, Busy or BudgetReached; else something was bought."""
         options, most_completion = self._options, self._most_completion
@@ -224,22 +236,32 @@ class Buyer:
             plan = Plan(ask.asked, tuple(indices), most)
             begin: Operation[int] = lambda ledger: ledger.begin(plan, options.account, options.budget.limits)  # noqa: E731
             attempt = await self._commit(begin)
-            content = await self._send(server, ask, indices, attempt)
+            self._open += 1
             try:
-                reply = read_reply(content, len(indices), ask.most_prompt, most_completion)
-            except Malformed as error:
-                found = shown(content.decode(errors="replace"), self._secrets)
-                await self._failed(attempt, fault := Fault(f"{error}, found {found}", paid=True))
-                raise fault from error
-            usage = reply.usage
-            parts = shares(reply.choices, usage.completion if usage else None)
-            money = options.cost(usage) if usage else 0.0
-            await self._commit(lambda ledger: ledger.settle(attempt, reply.choices, parts, usage, money))
-            self._limiter.correct((usage.tokens if usage else expected) - expected)
-            self._tally.add(len(reply.choices), usage, money)
-            self._learn(len(indices), len(reply.choices))
-            if not reply.choices:
-                raise Fault("the server answered without a choice", paid=False)
+                content = await self._send(server, ask, indices, attempt)
+                reply = await self._settle(ask, indices, attempt, content)
+            finally:
+                self._open -= 1
+        usage = reply.usage
+        self._limiter.correct((usage.tokens if usage else expected) - expected)
+        self._learn(len(indices), len(reply.choices))
+        if not reply.choices:
+            raise Fault("the server answered without a choice", paid=False)
+
+    async def _settle(self, ask: Ask, indices: Sequence[int], attempt: int, content: bytes) -> Reply:
+        """Record what a server answered. Raises Fault if that is no reply."""
+        try:
+            reply = read_reply(content, len(indices), ask.most_prompt, self._most_completion)
+        except Malformed as error:
+            found = shown(content.decode(errors="replace"), self._secrets)
+            await self._failed(attempt, fault := Fault(f"{error}, found {found}", paid=True))
+            raise fault from error
+        usage = reply.usage
+        parts = shares(reply.choices, usage.completion if usage else None)
+        money = self._options.cost(usage) if usage else 0.0
+        await self._commit(lambda ledger: ledger.settle(attempt, reply.choices, parts, usage, money))
+        self._tally.add(len(reply.choices), usage, money)
+        return reply
 
     async def _send(self, server: Server, ask: Ask, indices: Sequence[int], attempt: int) -> bytes:
         """What the server answers. Whatever becomes of the request, the ledger knows."""
@@ -261,8 +283,7 @@ class Buyer:
             if fault is None:
                 raise
             await self._failed(attempt, fault)
-            if isinstance(fault, Refused) and len(indices) > 1 and self._several is None:
-                self._several = False
+            if isinstance(fault, Refused) and not fault.everywhere and len(indices) > 1 and self._several is None:
                 raise NotOffered(str(fault), paid=False) from None
             if not isinstance(fault, Refused) and fault.pause is None:
                 server.failed(sent)
@@ -283,7 +304,7 @@ class Buyer:
 
     def _refuse(self, ask: Ask, indices: Sequence[int], error: Refused) -> None:
         """A request that cannot heal: the prompt's own fault, unless nothing else has succeeded either."""
-        self._refused += 1
+        self._refused, self._last_refusal = self._refused + 1, str(error)
         if error.everywhere or (not self._tally.calls and self._refused >= REFUSED_AT_FIRST):
             return self._halt(self._unusable(str(error)))
         return self._give_up(ask, indices, str(error))

@@ -42,11 +42,12 @@ def fault_of(error: Exception, secrets: Sequence[str]) -> Fault | None:
     if isinstance(error, APIStatusError):
         return _of_status(error.status_code, shown(_words(error.response), secrets), error)
     if isinstance(error, APIConnectionError):
-        cause: BaseException = error  # the client translates twice, once wrongly: only the first cause tells
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        left = not any(kind.__name__ in NEVER_LEFT for kind in type(cause).__mro__)
-        return Fault(f"{shown(str(cause) or error.message, secrets)} ({type(cause).__name__})", left)
+        causes: list[BaseException] = [error]  # the client translates twice, once wrongly: aiohttp's own error tells
+        while (cause := causes[-1].__cause__) is not None:
+            causes.append(cause)
+        unmade = [one for one in causes if any(kind.__name__ in NEVER_LEFT for kind in type(one).__mro__)]
+        found = (unmade or causes)[-1]
+        return Fault(f"{shown(str(found) or error.message, secrets)} ({type(found).__name__})", paid=not unmade)
     return None
 
 
