@@ -1,4 +1,4 @@
-"""The real command line with a teacher behind an API: a language model on llama.cpp's server, and servers that are nasty.
+"""The real command line with a teacher behind an API: a language model on llama.cpp's server, and nasty servers.
 
 The student of the first run is the quickstart's, sampled and trained for real; that of the others is a script.
 """
@@ -25,12 +25,9 @@ COMMAND = [sys.executable, "-c", "from orpo_distill.cli import main; main()"]
 STUDENT = Path(orpo_distill.__file__).parent / "quickstart" / "student"
 KEY = "sk-secret-0123456789"
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI")}
-PEOPLE = ("Ada", "She"), ("Hugo", "He"), ("Emma", "She"), ("Noah", "He")
-THINGS = ("beads", "cards", "books", "shells")
-SHOWN = """Answer like this.
-Question: Mia has 5 cards. She finds 2 more cards. How many cards does Mia have now?
+SHOWN = """Question: What is 5 + 2?
 Answer: 5 + 2 = 7. The answer is 7.
-Question: Leo has 3 books. He buys 6 more books. How many books does Leo have now?
+Question: What is 3 + 6?
 Answer: 3 + 6 = 9. The answer is 9."""
 
 
@@ -46,16 +43,15 @@ def query(ledger: Path, text: str) -> list[tuple[Any, ...]]:
         return connection.execute(text).fetchall()
 
 
-def story(number: int) -> dict[str, str]:
-    """A problem of the quickstart's kind, as easy as they come: 1 + 1 to 4 + 4."""
-    (name, who), thing, one, two = PEOPLE[number % 4], THINGS[number % 4], number // 4 % 4 + 1, number % 4 + 1
-    question = f"{name} has {one} {thing}. {who} gets {two} more {thing}. How many {thing} does {name} have now?"
-    return {"id": f"p{number}", "question": question, "answer": str(one + two)}
+def easy(number: int) -> dict[str, str]:
+    """A sum, from 1 + 1 to 3 + 4."""
+    one, two = number // 4 + 1, number % 4 + 1
+    return {"id": f"p{number}", "question": f"What is {one} + {two}?", "answer": str(one + two)}
 
 
 def write(folder: Path, teacher: dict[str, Any], student: dict[str, Any], prompt: str, **more: Any) -> Path:
     """A config of one round: 8 problems to train on, 4 to test on."""
-    rows = [story(number) for number in range(12)]
+    rows = [easy(number) for number in range(12)]
     data = folder / "data"
     data.mkdir()
     for split, part in (("train", rows[:8]), ("test", rows[8:])):
@@ -79,11 +75,11 @@ def write(folder: Path, teacher: dict[str, Any], student: dict[str, Any], prompt
 
 
 def test_a_language_model_behind_a_server_teaches_the_quickstarts_student(tmp_path: Path) -> None:
-    with llama_server(slots=4, context=512, api_key=KEY) as address:
+    with llama_server(slots=8, context=256, api_key=KEY) as address:
         teacher = {
             "model": MODEL,
-            "samples": 4,
-            "decoding": {"temperature": 0.6, "max_new_tokens": 24, "stop": ["\n"]},
+            "samples": 8,
+            "decoding": {"temperature": 0.5, "max_new_tokens": 24, "stop": ["\n"]},
             "prefix": SHOWN,
             "sampler": {
                 "type": "openai",
@@ -94,8 +90,8 @@ def test_a_language_model_behind_a_server_teaches_the_quickstarts_student(tmp_pa
                 "budget": {"money": 0.1},
             },
         }
-        student = {"model": str(STUDENT), "samples": 6, "decoding": {"temperature": 1.0, "max_new_tokens": 60}}
-        path = write(tmp_path, teacher, student, "{question}")
+        student = {"model": str(STUDENT), "samples": 4, "decoding": {"temperature": 1.0, "max_new_tokens": 60}}
+        path = write(tmp_path, teacher, student, "Question: {question}\nAnswer:")
         first = cli("run", path, LLAMA_KEY=KEY)
         assert first.returncode == 0, first.stderr
         ledger, run = tmp_path / "ledger.sqlite", tmp_path / "runs" / "demo"
@@ -108,21 +104,21 @@ def test_a_language_model_behind_a_server_teaches_the_quickstarts_student(tmp_pa
     assert report["stages"]["round-1/pairs"]["metrics"]["pairs"] >= 1
     assert {row["policy"] for row in report["results"]} == {"student-0", "student-1", "teacher"}
     traces = list(read_jsonl(run / "teacher" / "traces.jsonl", Trace))
-    assert len(traces) == 32 and {trace.error for trace in traces} == {""}
+    assert len(traces) == 64 and {trace.error for trace in traces} == {""}
     assert len({trace.text for trace in traces}) > 16
     assert report["stages"]["teacher-verdicts"]["metrics"]["correct"] >= 4
     check_books(ledger)
 
 
 def check_books(ledger: Path) -> None:
-    """8 prompts of 4 samples, and 4 of one (the evaluation): 12 requests.
+    """8 prompts of 8 samples, and 4 of one (the evaluation): 12 requests.
 
     llama.cpp's server counts the first of several texts alone: such a bill is not believed, and stays at its maximum.
     """
     attempts = query(ledger, "SELECT state, json_array_length(indices), prompt + completion, most_tokens FROM attempts")
-    assert sorted(count for state, count, _, _ in attempts if state != "void") == [1] * 4 + [4] * 8
+    assert sorted(count for state, count, _, _ in attempts if state != "void") == [1] * 4 + [8] * 8
     doubtful = [count for state, count, _, _ in attempts if state == "unknown"]
-    assert set(doubtful) == {4} and len(doubtful) >= 4
+    assert set(doubtful) == {8} and len(doubtful) >= 4
     tokens = sum(most if state == "unknown" else said for state, _, said, most in attempts)
     assert query(ledger, "SELECT account, tokens, calls FROM accounts") == [("demo", tokens, 12)]
 
@@ -135,13 +131,13 @@ def scripted(folder: Path) -> dict[str, Any]:
 
 def test_nothing_nasty_and_no_key_gets_through(tmp_path: Path) -> None:
     """The server needs the key, repeats it in its errors, refuses one problem, and writes what terminals obey."""
-    refused = story(3)["question"]
+    refused = easy(3)["question"]
     with faulty_server(
         api_key=KEY, echo=True, nasty=True, refuse_text=refused, fault_rate=0.2, faults=["500"]
     ) as server:
         sampler = {"type": "openai", "base_url": server.base_url, "api_key_env": "MY_KEY"}
         teacher = {"model": "faulty", "samples": 3, "decoding": {"max_new_tokens": 90}, "sampler": sampler}
-        path = write(tmp_path, teacher, scripted(tmp_path), "{question} So: 1 + 1?")
+        path = write(tmp_path, teacher, scripted(tmp_path), "{question}")
         done = cli("run", path, MY_KEY=KEY)
         assert done.returncode == 0, done.stderr
         assert server.stats()["statuses"].keys() >= {"200", "400"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from orpo_distill.samplers.rates import BURST, Limiter, asked_pause, span
-from tests.samplers.paid import Books, experiment, finish, start
+from tests.samplers.paid import Books, audit, check_traces, experiment, finish, start, traces
 from tests.servers import faulty_server
 
 SLACK = 0.2  # seconds that a loaded machine may be late
@@ -236,3 +236,16 @@ def test_the_rate_that_a_server_sees(
     assert most <= (1.05 if window == 60 else 1 + BURST / window + 0.05)
     assert steady >= 0.95
     assert not Books(tmp_path).unknown()
+
+
+@pytest.mark.parametrize("form", ["seconds", "none"])
+def test_a_limit_that_only_the_server_knows_costs_no_sample(tmp_path: Path, form: str) -> None:
+    """However often a request is told to wait: that is no failure of its own, and counts for no retry."""
+    with faulty_server(latency=0.1, rate_limit=1200, burst=5, retry_after_form=form) as server:
+        code, words = finish(start(experiment(tmp_path, server, 25, 4, n=False, concurrency=64, retries=0)))
+        log, stats = server.log(), server.stats()
+    assert code == 0, words
+    assert stats["rate_limited"] > 50
+    books = audit(tmp_path, log, [f"p{number}" for number in range(25)])
+    check_traces(books, traces(tmp_path), 25, 4)
+    assert {attempt.state for attempt in books.attempts} == {"settled", "void"}

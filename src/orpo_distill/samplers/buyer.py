@@ -207,7 +207,7 @@ class Buyer:
                 self._refuse(ask, indices, error)
                 break
             except Fault as error:
-                failures += self._tally.last_success > since
+                failures += error.pause is None and self._tally.last_success > since  # "too many" is not its fault
                 since = monotonic()
                 self._lose_patience(error)
                 if failures > self._options.retries:
