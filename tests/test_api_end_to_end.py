@@ -75,7 +75,7 @@ def write(folder: Path, teacher: dict[str, Any], student: dict[str, Any], prompt
 
 
 def test_a_language_model_behind_a_server_teaches_the_quickstarts_student(tmp_path: Path) -> None:
-    with llama_server(slots=8, context=256, api_key=KEY) as address:
+    with llama_server(slots=8, context=256, threads=1, api_key=KEY) as address:
         teacher = {
             "model": MODEL,
             "samples": 8,

@@ -372,8 +372,12 @@ def _sign_of_life(path: Path, session: str) -> IO[bytes]:
     """A file that is locked for as long as this process lives: the system unlocks it when the process is killed."""
     own = _life_of(path, session)
     own.parent.mkdir(exist_ok=True)
-    file = own.open("wb")
+    for other in own.parent.glob("[!.]*"):  # removes what the dead left
+        _lives(path, other.name)
+    made = own.with_name(f".{session}")
+    file = made.open("wb")
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    made.rename(own)  # locked before anybody can look
     return file
 
 

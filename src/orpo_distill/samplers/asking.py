@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from orpo_distill.ledger import Asked
+from orpo_distill.ledger import Asked, Bought
 from orpo_distill.records import Message
 from orpo_distill.samplers import Decoding, Request
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ROOM = 256, 16  # tokens that a server may put around a prompt, and around each of its messages
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ask:
     """A prompt with the samples that are wanted of it."""
 
@@ -27,6 +27,7 @@ class Ask:
     most_prompt: int  # tokens: no tokenizer makes more than one of a byte
     requests: dict[int, Request]  # by sample index
     given_up: set[int] = field(default_factory=set)  # delivered as failed
+    stands: dict[int, Bought] | None = None  # what the ledger held when it was last asked
 
 
 class Asking:

@@ -106,7 +106,9 @@ class Buyer:
 
     async def buy(self, requests: Iterable[Request]) -> None:
         """Deliver a completion for every request. Raises OrpoDistillError when it has to stop."""
-        options = self._options
+        from openai import HttpxBinaryResponseContent  # a reply as it is: the client's models cost more than the rest
+
+        options, self._raw = self._options, HttpxBinaryResponseContent
         self._limiter = Limiter(options.requests_per_minute, options.tokens_per_minute)
         self._servers = Servers([Server(url, _client(options, url, self._key, self._headers)) for url in options.urls])
         self._slots = asyncio.Semaphore(options.concurrency)  # requests in flight
@@ -151,7 +153,7 @@ class Buyer:
         while tasks and not self._stopping.is_set():
             await asyncio.wait(tasks, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED)
         end = monotonic() + GRACE
-        while tasks and self._servers.in_flight and monotonic() < end:
+        while tasks and self._open and monotonic() < end:
             await asyncio.wait(tasks, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED)
         if tasks:
             _, late = await asyncio.wait(set(tasks), timeout=LOOK)
@@ -162,15 +164,17 @@ class Buyer:
     async def _fulfil(self, ask: Ask) -> None:
         """Deliver every sample of a prompt, from the ledger or bought."""
         missing = dict(ask.requests)
-        while missing:
-            stands = await self._commit(lambda ledger: ledger.samples(ask.asked.key))
-            for index in [index for index in missing if index in stands or index in ask.given_up]:
+        while True:
+            if ask.stands is None:
+                ask.stands = await self._commit(lambda ledger: ledger.samples(ask.asked.key))
+            for index in [index for index in missing if index in ask.stands or index in ask.given_up]:
                 request = missing.pop(index)
-                if index in stands:
-                    self._found.put(self._completion(request, stands[index]))
+                if index in ask.stands:
+                    self._found.put(self._completion(request, ask.stands[index]))
             if not missing or self._stopping.is_set():
                 return
             if await self._buy(ask, sorted(missing)):
+                ask.stands = None
                 await asyncio.sleep(WAIT_FOR_OTHERS)
 
     async def _buy(self, ask: Ask, indices: Sequence[int]) -> bool:
@@ -228,9 +232,9 @@ class Buyer:
         """One request. Raises Fault, Refused, NotOffered, Busy or BudgetReached; else something was bought."""
         options, most_completion = self._options, self._most_completion
         expected = ask.most_prompt / 3 + len(indices) * self._tally.mean_completion(most_completion)
-        await self._limiter.leave(expected)
         most = options.most(ask.most_prompt, most_completion * len(indices))
         async with self._servers.one() as server:
+            await self._limiter.leave(expected)
             if self._stopping.is_set():
                 return
             plan = Plan(ask.asked, tuple(indices), most)
@@ -259,8 +263,14 @@ class Buyer:
         usage = reply.usage
         parts = shares(reply.choices, usage.completion if usage else None)
         money = self._options.cost(usage) if usage else 0.0
-        await self._commit(lambda ledger: ledger.settle(attempt, reply.choices, parts, usage, money))
-        self._tally.add(len(reply.choices), usage, money)
+
+        def settle(ledger: Ledger) -> dict[int, Bought]:
+            ledger.settle(attempt, reply.choices, parts, usage, money)
+            return ledger.samples(ask.asked.key)
+
+        ask.stands = await self._commit(settle)
+        self._tally.add(len(reply.choices), usage, money, self._limiter.paused)
+        self._limiter.ease()
         return reply
 
     async def _send(self, server: Server, ask: Ask, indices: Sequence[int], attempt: int) -> bytes:
@@ -270,11 +280,10 @@ class Buyer:
             body["n"] = len(indices)
         elif self._options.seeds:
             body["seed"] = ask.requests[indices[0]].seed % (1 << 31)  # what every server takes
-        of = server.client.chat if self._options.api == "chat" else server.client
-        prompt = {name: body.pop(name) for name in ("model", "messages", "prompt") if name in body}
+        path = "/chat/completions" if self._options.api == "chat" else "/completions"
         sent = monotonic()
         try:
-            response = await of.completions.with_raw_response.create(**prompt, extra_body=body)
+            reply = await server.client.post(path, body=body, cast_to=self._raw)
         except asyncio.CancelledError:
             await asyncio.shield(self._failed(attempt, Fault("stopped before the reply came", paid=True)))
             raise
@@ -289,9 +298,9 @@ class Buyer:
                 server.failed(sent)
             raise fault from None
         server.works()
-        if (pause := asked_pause(response.headers)) is not None:
+        if (pause := asked_pause(reply.response.headers)) is not None:
             self._limiter.pause(pause)
-        return bytes(response.content)
+        return reply.content
 
     async def _failed(self, attempt: int, fault: Fault) -> None:
         await self._commit(lambda ledger: ledger.fail(attempt, str(fault), fault.paid))
@@ -322,7 +331,7 @@ class Buyer:
             self._found.put(Completion(ask.requests[index], "", FinishReason.ERROR, error=error))
 
     def _lose_patience(self, error: Fault) -> None:
-        silent = monotonic() - self._tally.last_success
+        silent = monotonic() - self._tally.last_success - (self._limiter.paused - self._tally.paused)
         if silent > self._options.patience:
             self._halt(
                 ModelError(
@@ -336,7 +345,7 @@ class Buyer:
         if fault.pause is not None:
             self._limiter.pause(fault.pause)
         else:
-            await asyncio.sleep(random.uniform(0, min(LONGEST_BACKOFF, 2.0**failures)))
+            await asyncio.sleep(random.uniform(0, min(LONGEST_BACKOFF, 0.5 * 2.0**failures)))
 
     def _completion(self, request: Request, bought: Bought) -> Completion:
         self._tally.delivered += 1
@@ -349,12 +358,12 @@ class _Tally:
     def __init__(self) -> None:
         self.started = self.last_success = monotonic()
         self.delivered = self.samples = self.calls = self.completion_tokens = self.tokens = 0
-        self.money = 0.0
+        self.money = self.paused = 0.0
 
-    def add(self, samples: int, usage: Usage | None, money: float) -> None:
-        """Count a reply."""
+    def add(self, samples: int, usage: Usage | None, money: float, paused: float) -> None:
+        """Count a reply. `paused` are the seconds of pauses that servers have asked for by now."""
         if samples:
-            self.last_success = monotonic()
+            self.last_success, self.paused = monotonic(), paused
         self.calls += 1
         if usage:
             self.samples += samples

@@ -10,17 +10,24 @@ from time import monotonic, time
 
 BURST = 1.0  # seconds' worth that may leave at once: no minute holds more than 61 seconds' worth
 LONGEST_PAUSE = 600.0  # seconds; a server that asks for more is asked again by then
+FIRST_GAP, LONGEST_GAP = 0.02, 10.0  # seconds between requests after a pause, twice as long after each further one
+EASE = 0.98  # what is left of that gap after each success
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhd])")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class Limiter:
-    """Lets requests leave one after another, in the order they come, as fast as both rates and all pauses allow."""
+    """Lets requests leave one after another, in the order they come, as fast as both rates and all pauses allow.
+
+    After a pause that a server asked for they leave one by one, further apart with every pause until requests succeed:
+    a limit that the server does not name is found so.
+    """
 
     def __init__(self, requests_per_minute: float | None, tokens_per_minute: float | None) -> None:
         self._requests = _Flow(requests_per_minute)
         self._tokens = _Flow(tokens_per_minute)
-        self._pause_until = 0.0
+        self._pause_until = self._paused = 0.0
+        self._gap, self._last = 0.0, 0.0
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
 
@@ -29,7 +36,8 @@ class Limiter:
         async with self._turn:
             while True:
                 now = monotonic()
-                wait = max(self._pause_until - now, self._requests.wait(now), self._tokens.wait(now))
+                gap = self._last + self._gap - now
+                wait = max(self._pause_until - now, gap, self._requests.wait(now), self._tokens.wait(now))
                 if wait <= 0:
                     break
                 self._changed.clear()
@@ -37,8 +45,18 @@ class Limiter:
                     await asyncio.wait_for(self._changed.wait(), wait)
                 except TimeoutError:
                     continue
+            self._last = now
             self._requests.take(now, 1)
             self._tokens.take(now, tokens)
+
+    @property
+    def paused(self) -> float:
+        """Seconds of pauses so far, the present one to its end."""
+        return self._paused
+
+    def ease(self) -> None:
+        """Take note of a success."""
+        self._gap = self._gap * EASE if self._gap > FIRST_GAP / 4 else 0.0
 
     def correct(self, tokens: float) -> None:
         """Count `tokens` more for a request that has left, or fewer if negative: a reply said how many there were."""
@@ -47,7 +65,12 @@ class Limiter:
 
     def pause(self, seconds: float) -> None:
         """Let nothing leave for so long: the server asked for it."""
-        self._pause_until = max(self._pause_until, monotonic() + min(seconds, LONGEST_PAUSE))
+        now = monotonic()
+        until = now + min(seconds, LONGEST_PAUSE)
+        if now >= self._pause_until:
+            self._gap = min(max(2 * self._gap, FIRST_GAP), LONGEST_GAP)
+        self._paused += max(0.0, until - max(now, self._pause_until))
+        self._pause_until = max(self._pause_until, until)
 
 
 class _Flow:

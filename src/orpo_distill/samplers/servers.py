@@ -48,11 +48,6 @@ class Servers:
     def __init__(self, servers: Sequence[Server]) -> None:
         self._servers = servers
 
-    @property
-    def in_flight(self) -> int:
-        """Requests to any of them."""
-        return sum(server.in_flight for server in self._servers)
-
     @asynccontextmanager
     async def one(self) -> AsyncIterator[Server]:
         """Inside the block: the server with the fewest requests in flight, once one is there that does not rest."""
