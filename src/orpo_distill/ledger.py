@@ -223,16 +223,16 @@ class Ledger:
     ) -> None:
         """Record a reply: its choices for the first of the attempt's samples, and what it cost.
 
-        Without `usage` the cost stays unknown. A sample that stands already is kept as it is, and so is an attempt that
-        is settled.
+        Without `usage` the cost stays unknown. A sample that stands already is kept as it is, and so is the cost of an
+        attempt that is settled; one that was given up for unknown is settled late.
         """
         key, account, indices, most_tokens, most_money, state = self._attempt(attempt)
-        if state != "open":
-            return
         run = self.connection.execute
         now = time.time()
         for index, choice, share in zip(indices, choices, shares, strict=False):
             run("INSERT OR IGNORE INTO samples VALUES (?, ?, ?, ?, ?, ?)", (key, index, attempt, now, share, choice))
+        if state not in ("open", "unknown"):
+            return
         if usage is None:
             run("UPDATE attempts SET state = 'unknown', ended = ? WHERE id = ?", (now, attempt))
             return

@@ -504,3 +504,11 @@ def test_nasty_texts_come_as_they_are(ledger: Path) -> None:
     assert found[6].error.startswith("HTTP 400: Inappropriate: wrong\x1b[31m")
     again = buy("http://127.0.0.1:1/v1", ledger, prompts(questions(3), 2), endpoint=server.base_url)
     assert texts(again) == texts(found[:6])
+
+
+def test_prompts_that_break_the_server_are_given_up_in_the_end(ledger: Path) -> None:
+    """The server answers, and all others have their texts: after `patience` only these fail."""
+    with faulty_server(refuse_text="What is 2", refuse_status=500) as server:
+        found = buy(server, ledger, prompts(questions(4)), retries=1, patience=1)
+    reasons = [one.finish_reason for one in found]
+    assert reasons.count(FinishReason.ERROR) == 1 and reasons.count(FinishReason.STOP) == 3

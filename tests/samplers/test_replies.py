@@ -265,3 +265,18 @@ def test_shares_follow_the_length() -> None:
     assert shares(["x" * 10, "x" * 30, "x" * 60], 50) == [5, 15, 30]
     assert shares(["x", "y"], None) == [None, None]
     assert shares([], 5) == []
+
+
+@pytest.mark.parametrize(
+    ("thinking", "text"), [("keep", "<think>\nA B\n</think>\n\nC D"), ("strip", "A B\n\nC D"), ("answer_only", "C D")]
+)
+def test_content_in_parts(thinking: Thinking, text: str) -> None:
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "A "}, {"type": "text", "text": "B"}]},
+        {"type": "text", "text": "C "},
+        {"type": "text", "text": "D"},
+        {"type": "image_url", "image_url": {}},
+        "odd",
+    ]
+    choice = json.dumps({"message": {"content": parts}, "finish_reason": "stop"})
+    assert read_choice(choice, thinking) == (text, FinishReason.STOP)

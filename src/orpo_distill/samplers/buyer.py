@@ -16,7 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from orpo_distill.errors import ModelError, OrpoDistillError, RunError
-from orpo_distill.ledger import Bought, BudgetReached, Busy, Ledger, Operation, Plan, Usage
+from orpo_distill.ledger import Bought, BudgetReached, Busy, Ledger, Operation, Plan
 from orpo_distill.records import FinishReason
 from orpo_distill.samplers import Completion, Decoding, Request
 from orpo_distill.samplers.asking import Ask, Asking
@@ -25,6 +25,7 @@ from orpo_distill.samplers.faults import Fault, NotOffered, Refused, fault_of, s
 from orpo_distill.samplers.rates import Limiter, asked_pause
 from orpo_distill.samplers.replies import Malformed, Reply, read_bought, read_reply, shares
 from orpo_distill.samplers.servers import Server, Servers
+from orpo_distill.samplers.tally import Tally
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -92,8 +93,9 @@ class Buyer:
         self._singles = 0  # replies with one choice where several were asked for, in a row
         self._why: OrpoDistillError | None = None  # the first reason to stop
         self._stopping = threading.Event()
-        self._tally = _Tally()
+        self._tally = Tally()
         self._refused, self._last_refusal = 0, ""
+        self._all_asked = False  # no prompt is left that has not been taken up
         self._open = 0  # attempts under way
 
     def stop(self) -> None:
@@ -123,6 +125,7 @@ class Buyer:
                 task.add_done_callback(tasks.discard)
                 task.add_done_callback(lambda _: places.release())
                 task.add_done_callback(self._ended)
+            self._all_asked = True
             await self._come_back(tasks)
         finally:
             await self._servers.close()
@@ -213,8 +216,7 @@ class Buyer:
             except Fault as error:
                 failures += error.pause is None and self._tally.last_success > since  # "too many" is not its fault
                 since = monotonic()
-                self._lose_patience(error)
-                if failures > self._options.retries:
+                if self._too_long(error) or failures > self._options.retries:
                     self._give_up(ask, indices, str(error))
                     break
                 await self._wait(error, failures)
@@ -269,7 +271,7 @@ class Buyer:
             return ledger.samples(ask.asked.key)
 
         ask.stands = await self._commit(settle)
-        self._tally.add(len(reply.choices), usage, money, self._limiter.paused)
+        self._tally.add(len(reply.choices), usage, money)
         self._limiter.ease()
         return reply
 
@@ -330,15 +332,20 @@ class Buyer:
             ask.given_up.add(index)
             self._found.put(Completion(ask.requests[index], "", FinishReason.ERROR, error=error))
 
-    def _lose_patience(self, error: Fault) -> None:
-        silent = monotonic() - self._tally.last_success - (self._limiter.paused - self._tally.paused)
-        if silent > self._options.patience:
-            self._halt(
-                ModelError(
-                    f"expected {', '.join(self._options.urls)} to answer, found no success for {silent:.0f} s, the "
-                    f"last: {error}; see to the server, then run the same command: what was bought is kept"
-                )
+    def _too_long(self, error: Fault) -> bool:
+        """Whether only prompts are left that a live server fails on; stops everything where the server is at fault."""
+        silent = self._tally.silent(self._limiter.paused)
+        if silent <= self._options.patience:
+            return False
+        if error.answered and self._all_asked and self._tally.delivered:
+            return True
+        self._halt(
+            ModelError(
+                f"expected {', '.join(self._options.urls)} to answer, found no success for {silent:.0f} s, the last: "
+                f"{error}; see to the server, then run the same command: what was bought is kept"
             )
+        )
+        return False
 
     async def _wait(self, fault: Fault, failures: int) -> None:
         """Back off: as long as the server asks for (then all wait), else exponentially with full jitter."""
@@ -350,36 +357,6 @@ class Buyer:
     def _completion(self, request: Request, bought: Bought) -> Completion:
         self._tally.delivered += 1
         return read_bought(request, bought, self._options.thinking)
-
-
-class _Tally:
-    """What a purchase has come to."""
-
-    def __init__(self) -> None:
-        self.started = self.last_success = monotonic()
-        self.delivered = self.samples = self.calls = self.completion_tokens = self.tokens = 0
-        self.money = self.paused = 0.0
-
-    def add(self, samples: int, usage: Usage | None, money: float, paused: float) -> None:
-        """Count a reply. `paused` are the seconds of pauses that servers have asked for by now."""
-        if samples:
-            self.last_success, self.paused = monotonic(), paused
-        self.calls += 1
-        if usage:
-            self.samples += samples
-            self.completion_tokens += usage.completion
-            self.tokens += usage.tokens
-            self.money += money
-
-    def mean_completion(self, most: int) -> float:
-        """Tokens that a sample is expected to have."""
-        return self.completion_tokens / self.samples if self.samples else float(most)
-
-    def note(self, priced: bool) -> str:
-        """In words."""
-        minutes = max(monotonic() - self.started, 1e-9) / 60
-        spent = f", {self.money:.4g} spent" if priced else ""
-        return f"{self.calls} calls ({self.calls / minutes:.0f}/min), {self.tokens} tokens{spent}"
 
 
 def _client(options: OpenAI, url: str, key: str, headers: dict[str, str]) -> AsyncOpenAI:

@@ -11,15 +11,18 @@ from orpo_distill.samplers.rates import asked_pause
 NEVER_LEFT = ("ClientConnectorError", "ConnectionTimeoutError")  # aiohttp's names for a connection that was not made
 PASSES = (408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)  # statuses that may heal
 PERHAPS_SERVED = (408, 502, 504, 520, 522, 524)  # a gateway gave up waiting: the server behind it may not have
-EVERYWHERE = (401, 402, 403, 404, 405)  # the address, the key or the account is wrong, not the request
+EVERYWHERE = (401, 402, 404, 405)  # the address, the key or the account is wrong, not the request
 WORDS = 300  # characters of a server's message that are shown
 
 
 class Fault(Exception):
-    """A request that may be sent again. `paid`: it may have been billed. `pause`: seconds that the server asks for."""
+    """A request that may be sent again.
 
-    def __init__(self, why: str, paid: bool, pause: float | None = None) -> None:
-        self.paid, self.pause = paid, pause
+    `paid`: it may have been billed. `pause`: seconds that the server asks for. `answered`: by an error of the server's.
+    """
+
+    def __init__(self, why: str, paid: bool, pause: float | None = None, answered: bool = False) -> None:
+        self.paid, self.pause, self.answered = paid, pause, answered
         super().__init__(why)
 
 
@@ -58,7 +61,7 @@ def _of_status(status: int, words: str, error: Any) -> Fault:
         pause = asked_pause(error.response.headers)
         if pause is None and status == 429:
             pause = 1.0
-        return Fault(why, status in PERHAPS_SERVED, pause)
+        return Fault(why, status in PERHAPS_SERVED, pause, answered=True)
     return Refused(why, status in EVERYWHERE or out_of_credit)
 
 

@@ -18,7 +18,7 @@ from orpo_distill.samplers import Completion, Request
 Thinking = Literal["keep", "strip", "answer_only"]
 FILTERED = ("content_filter", "refusal")  # finish reasons
 OPENING, CLOSING = "<think>", "</think>"
-LONGEST_TOKENS = 10  # characters that tokens have at most on average: llama.cpp counts only the first of n choices
+LONGEST_TOKENS = 8  # characters that tokens have at most on average: llama.cpp counts only the first of n choices
 
 
 class Malformed(ValueError):
@@ -124,14 +124,21 @@ def _body(choice: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _content(choice: Mapping[str, Any]) -> str:
     body = _body(choice) or {}
-    found = body.get("content", body.get("text"))
-    return found if isinstance(found, str) else ""
+    return _joined(body.get("content", body.get("text")), "text")
 
 
 def _reasoning(choice: Mapping[str, Any]) -> str:
     body = _body(choice) or {}
-    found = body.get("reasoning_content") or body.get("reasoning")
-    return found if isinstance(found, str) else ""
+    beside = body.get("reasoning_content") or body.get("reasoning")
+    return beside if isinstance(beside, str) else _joined(body.get("content"), "thinking")
+
+
+def _joined(content: Any, kind: str) -> str:
+    """A text, or the parts of this kind of a list: {"type": "text", "text": ...}, {"type": "thinking", ...}."""
+    if isinstance(content, str):
+        return content if kind == "text" else ""
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    return "".join(_joined(part.get(kind), "text") for part in parts if part.get("type") == kind)
 
 
 def _usage(data: Any, most_prompt: int, possible: range) -> Usage | None:
