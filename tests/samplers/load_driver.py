@@ -12,6 +12,7 @@ from time import monotonic, process_time
 
 import aiohttp  # noqa: F401
 import openai.resources.chat  # noqa: F401
+import uvloop  # noqa: F401
 
 from orpo_distill.records import FinishReason, Message
 from orpo_distill.samplers import Decoding, Request, buyer  # noqa: F401

@@ -143,8 +143,9 @@ class OpenAI(Sampler):
         try:
             import aiohttp  # noqa: F401
             import openai  # noqa: F401
+            import uvloop  # noqa: F401
         except ImportError as error:
-            raise missing_extra("openai[aiohttp]", "api") from error
+            raise missing_extra("openai[aiohttp] and uvloop", "api") from error
 
     def secrets(self) -> tuple[str, dict[str, str]]:
         """The key and the headers, from the environment. Raises ConfigError for a variable that is not set."""
