@@ -269,8 +269,7 @@ def _mentions(text: str) -> list[Mention]:
 
 def _excludes(before: str) -> bool:
     """Whether what stands before a letter excludes it. The last word tells most texts apart, without a search."""
-    last = before.rstrip().removesuffix("(").rstrip().lower()
-    return last.endswith(_EXCLUDING_ENDS) and _EXCLUDING.search(before) is not None
+    return before.rstrip(" \n\t(").lower().endswith(_EXCLUDING_ENDS) and _EXCLUDING.search(before) is not None
 
 
 def _chooses(before: str) -> bool:
@@ -310,7 +309,7 @@ def _weak(choices: tuple[str, ...], elimination: bool, text: str, cut: bool) -> 
         if reading:
             return reading
     first, newline, _ = text.partition("\n")
-    if not cut or newline or ". " in first[3:]:
+    if newline or (cut and ". " in first[3:]):  # a whole text of one line was looked at above
         return _line(choices, first) or UNREAD
     return UNREAD
 
