@@ -76,7 +76,9 @@ with options.open("faulty") as generate:
 """
 
 
-@pytest.mark.parametrize("moment", [0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6])
+@pytest.mark.parametrize(
+    "moment", [0.0, 0.1, *(pytest.param(late, marks=pytest.mark.slow) for late in (0.05, 0.2, 0.4, 0.8, 1.6))]
+)
 def test_a_killed_process_finds_its_batch_again(moment: float, tmp_path: Path) -> None:
     """Killed while it submits or waits, at several moments after its first request."""
     with faulty_server(batch_delay=2.0) as server:

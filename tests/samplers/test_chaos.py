@@ -36,7 +36,7 @@ def names(problems: int) -> list[str]:
     "problems, samples, kills, several",
     [
         (125, 8, 3, False),
-        (250, 4, 3, None),
+        pytest.param(250, 4, 3, None, marks=pytest.mark.slow),
         pytest.param(1250, 8, 20, False, marks=pytest.mark.slow),
         pytest.param(2500, 4, 20, None, marks=pytest.mark.slow),
     ],
@@ -112,7 +112,12 @@ def test_a_run_takes_over_from_one_that_was_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "limit, cap, several", [("calls", 100, False), ("tokens", 20_000, False), ("money", 0.06, None)]
+    "limit, cap, several",
+    [
+        pytest.param("calls", 100, False, marks=pytest.mark.slow),
+        pytest.param("tokens", 20_000, False, marks=pytest.mark.slow),
+        ("money", 0.06, None),
+    ],
 )
 def test_a_budget_holds(tmp_path: Path, limit: str, cap: float, several: bool | None) -> None:
     """Settled and, at their maximum, unsettled attempts never come to more, with 32 requests in flight and faults.
