@@ -14,7 +14,8 @@ MOST_CPU = 4.0  # milliseconds a request: twice what it takes on a quiet machine
 MOST_MEMORY = 150.0  # MiB
 
 
-@pytest.mark.parametrize("count", [1_500, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1_500, 20_000])
 def test_a_thousand_requests_in_flight(tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Memory does not grow with what was bought, and CPU for a request stays small. The figures are printed."""
     with faulty_server(latency=3, jitter=0.5) as server:

@@ -95,6 +95,7 @@ def test_a_killed_process_finds_its_batch_again(moment: float, tmp_path: Path) -
     assert set(column(tmp_path, "SELECT state FROM attempts")) <= {"settled", "void"}
 
 
+@pytest.mark.slow
 def test_unanswered_calls_create_no_second_batch(tmp_path: Path) -> None:
     """Calls to files and batches that are cut, refused for a while or time out, also after they were served."""
     with faulty_server(batch_delay=0.3, batch_fault_rate=0.4, hang=1, retry_after=0.1) as server:

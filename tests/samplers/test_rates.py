@@ -207,7 +207,7 @@ def densest(times: Sequence[float], amounts: Sequence[float], window: float) -> 
 @pytest.mark.parametrize(
     "window, seconds, limit",
     [
-        (10, 12, "requests_per_minute"),
+        pytest.param(10, 12, "requests_per_minute", marks=pytest.mark.slow),
         pytest.param(60, 75, "requests_per_minute", marks=pytest.mark.slow),
         pytest.param(60, 75, "tokens_per_minute", marks=pytest.mark.slow),
     ],
@@ -238,7 +238,7 @@ def test_the_rate_that_a_server_sees(
     assert not Books(tmp_path).unknown()
 
 
-@pytest.mark.parametrize("form", ["seconds", "none"])
+@pytest.mark.parametrize("form", ["seconds", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_limit_that_only_the_server_knows_costs_no_sample(tmp_path: Path, form: str) -> None:
     """However often a request is told to wait: that is no failure of its own, and counts for no retry."""
     with faulty_server(latency=0.1, rate_limit=1200, burst=5, retry_after_form=form) as server:
