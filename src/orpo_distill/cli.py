@@ -198,7 +198,7 @@ def main() -> None:
 
 
 def _with_ledger(overrides: Sequence[str] | None, ledger: Path | None) -> list[str]:
-    return [*(overrides or ()), *([f"ledger={ledger}"] if ledger else [])]
+    return [*(overrides or ()), *([f"ledger={json.dumps(str(ledger))}"] if ledger else [])]
 
 
 def _spec(text: str) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class Ledger:
     """An open ledger. One thread at a time may use it; `transaction` is the only way to write."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = path.resolve()
         self.session = uuid.uuid4().hex
         with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,12 +227,13 @@ class Ledger:
         attempt that is settled; one that was given up for unknown is settled late.
         """
         key, account, indices, most_tokens, most_money, state = self._attempt(attempt)
-        run = self.connection.execute
-        now = time.time()
+        run, now = self.connection.execute, time.time()
         for index, choice, share in zip(indices, choices, shares, strict=False):
             run("INSERT OR IGNORE INTO samples VALUES (?, ?, ?, ?, ?, ?)", (key, index, attempt, now, share, choice))
-        if state not in ("open", "unknown"):
+        if state == "settled":
             return
+        if state == "void":  # it was thought not to have been served
+            self._add(account, most_money, most_tokens, 1)
         if usage is None:
             run("UPDATE attempts SET state = 'unknown', ended = ? WHERE id = ?", (now, attempt))
             return
@@ -260,18 +261,22 @@ class Ledger:
         self.connection.execute("INSERT OR REPLACE INTO batches VALUES (?, ?, ?)", (batch, endpoint, remote))
 
     def open_batches(self, endpoint: str) -> dict[str, str | None]:
-        """Batches with attempts that are not settled, and what the server calls them (None: perhaps never sent)."""
-        rows = self.connection.execute(
-            "SELECT batch, remote FROM batches WHERE endpoint = ? AND EXISTS (SELECT 1 FROM attempts WHERE"
-            " attempts.batch = batches.batch AND state = 'open')",
-            (endpoint,),
-        )
-        return dict(rows.fetchall())
+        """Batches that are not settled and no other live process waits for, and what the server calls them.
 
-    def open_attempts(self, batch: str) -> dict[int, tuple[int, int]]:
-        """The attempts of a batch that are not settled: for how many samples each is, and its most tokens."""
+        None: not sent yet; "": sent, but the server has not said how it calls them.
+        """
         rows = self.connection.execute(
-            "SELECT id, indices, most_tokens FROM attempts WHERE batch = ? AND state = 'open'", (batch,)
+            "SELECT DISTINCT batch, remote, session FROM batches JOIN attempts USING (batch) WHERE endpoint = ?"
+            " AND state = 'open'",
+            (endpoint,),
+        ).fetchall()
+        others = {batch for batch, _, session in rows if session != self.session and _lives(self.path, session)}
+        return {batch: remote for batch, remote, _ in rows if batch not in others}
+
+    def attempts_of(self, batch: str, state: str = "%") -> dict[int, tuple[int, int]]:
+        """The attempts of a batch (in one state, or in any): for how many samples each is, and its most tokens."""
+        rows = self.connection.execute(
+            "SELECT id, indices, most_tokens FROM attempts WHERE batch = ? AND state LIKE ?", (batch, state)
         )
         return {attempt: (len(json.loads(indices)), most) for attempt, indices, most in rows}
 

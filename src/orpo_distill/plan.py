@@ -109,13 +109,14 @@ def _sampled_latest(config: Config, number: int) -> list[Stage]:
 
 
 def _sample_stage(name: str, options: SampleOptions, inputs: dict[str, str]) -> Stage:
+    waves = options.stopping is not None and len(set(options.stopping.temperatures)) > 1  # each has its temperature
     return Stage(
         name,
         "orpo_distill.stages.sample:sample",
         options,
         inputs,
         outputs=("traces.jsonl",),
-        grows=frozenset({"samples", "stopping.at", "stopping.most", "inputs.problems"}),
+        grows=frozenset({"stopping.at", "stopping.most", "inputs.problems"} | (set() if waves else {"samples"})),
         ignores=SOURCE + (() if options.stopping else VERIFIER),
         precious=True,
     )

@@ -62,11 +62,16 @@ class Asking:
     def _prompt(self, messages: Sequence[Message]) -> dict[str, Any]:
         """`messages` of a chat, or the `prompt` of a completion: as the tokenizer's chat template writes it, if any."""
         if self._options.api == "chat":
-            return {"messages": [{"role": message.role, "content": message.content} for message in messages]}
+            return {"messages": [{"role": message.role, "content": _plain(message.content)} for message in messages]}
         if not self._options.tokenizer:
-            return {"prompt": "\n\n".join(message.content for message in messages) + "\n"}
+            return {"prompt": _plain("\n\n".join(message.content for message in messages)) + "\n"}
         from orpo_distill.models import load_tokenizer
         from orpo_distill.samplers.prompts import render
 
         self._tokenizer = self._tokenizer or load_tokenizer(self._options.tokenizer)
-        return {"prompt": render(self._tokenizer, messages)}
+        return {"prompt": _plain(render(self._tokenizer, messages))}
+
+
+def _plain(text: str) -> str:
+    """A text that UTF-8 can hold: without lone surrogates."""
+    return text.encode(errors="replace").decode()

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from orpo_distill.errors import ModelError, RunError
-from orpo_distill.ledger import BudgetReached, Busy, Ledger, Operation, Plan
+from orpo_distill.ledger import BudgetReached, Ledger, Operation, Plan
 from orpo_distill.progress import say
 from orpo_distill.records import FinishReason
 from orpo_distill.samplers import Completion, Decoding, Request
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Part = tuple[Ask, Sequence[int]]  # a prompt, and the samples that one request is to bring
 LARGEST = 50_000  # requests of a batch (OpenAI's limit)
+LISTED = 2_000  # of the server's batches that are looked through, newest first
 NAME = "orpo-distill"  # the batch's metadata field that holds its name in the ledger
 ENDED = ("completed", "failed", "expired", "cancelled")
 NEVER_RAN = ("batch_expired", "batch_cancelled")  # error codes of requests that were not served
@@ -50,17 +51,25 @@ class BatchPurchase:
         """Completions as batches come back. Raises OrpoDistillError when it has to stop."""
         self._most_completion = decoding.max_new_tokens
         asks = list(Asking(self._options, self._model, decoding).asks(requests))
-        for _ in range(self._options.retries + 1):
+        sent = 0
+        while sent <= self._options.retries:
             self._take_in()
             asks = yield from self._deliver(asks)
             if not asks:
                 return
-            self._submit(asks)
+            if self._submit(asks):
+                sent += 1
+            else:
+                time.sleep(self._options.batch_poll)  # another process buys them
         self._take_in()
         asks = yield from self._deliver(asks)
         for ask in asks:
             for request in ask.requests.values():
                 yield Completion(request, "", FinishReason.ERROR, error="no batch brought an answer")
+
+    def stop(self) -> None:
+        """Close the connections. Batches go on at the server, and the next run takes them in."""
+        self._client.close()
 
     def note(self) -> str:
         """What came back, in a few words."""
@@ -81,19 +90,21 @@ class BatchPurchase:
                 del ask.requests[index]
         return [ask for ask in asks if ask.requests]
 
-    def _submit(self, asks: Sequence[Ask]) -> None:
-        """Send what is missing, as many batches as it takes. Raises RunError where the budget ends first."""
+    def _submit(self, asks: Sequence[Ask]) -> bool:
+        """Send what is missing, as many batches as it takes; whether there was anything that nobody else is buying.
+
+        Raises RunError where the budget ends first.
+        """
+        sent = False
         parts = [(ask, part) for ask in asks for part in self._parts(sorted(ask.requests))]
         for start in range(0, len(parts), LARGEST):
             name = uuid.uuid4().hex
             attempts, stop = self._begin(parts[start : start + LARGEST], name)
-            try:
-                self._send(name, attempts)
-            except ModelError as error:  # nothing was created
-                self._fail(name, str(error), paid=False)
-                raise
+            sent = sent or bool(attempts)
+            self._send(name, attempts)
             if stop is not None:
                 raise stop
+        return sent
 
     def _parts(self, indices: Sequence[int]) -> list[Sequence[int]]:
         return [indices] if self._options.n else [[index] for index in indices]
@@ -114,35 +125,45 @@ class BatchPurchase:
         )[1:]
         attempts = {attempt: part for attempt, part in zip(found, parts, strict=True) if isinstance(attempt, int)}
         over = next((error for error in found if isinstance(error, BudgetReached)), None)
-        if not attempts and any(isinstance(error, Busy) for error in found):
-            time.sleep(options.batch_poll)  # another process buys them
         self._sent |= attempts
         return attempts, None if over is None else options.over_budget(over)
 
     def _send(self, name: str, attempts: Mapping[int, Part]) -> None:
         if not attempts:
             return
-        path = self._options.path
         lines = [
-            {"custom_id": str(attempt), "method": "POST", "url": path, "body": self._body(ask, indices)}
+            {"custom_id": str(attempt), "method": "POST", "url": self._options.path, "body": self._body(ask, indices)}
             for attempt, (ask, indices) in attempts.items()
         ]
         content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        try:
+            remote = self._create(name, content)
+        except ModelError as error:  # nothing was created
+            self._fail(name, str(error), paid=False)
+            raise
+        if remote:
+            self._name(name, remote)
+            say(f"  batch {remote}: {len(attempts)} requests sent")
+
+    def _create(self, name: str, content: bytes) -> str | None:
+        """The server's name for a new batch; None where it may have been made unseen."""
         file = self._ask(lambda: _id(self._client.files.create(file=(f"{name}.jsonl", content), purpose="batch")))
-        remote = self._ask(
+        self._name(name, "")
+        found: str | None = self._ask(
             lambda: _id(
                 self._client.batches.create(
                     input_file_id=file,
-                    endpoint=path,  # type: ignore[arg-type]
+                    endpoint=self._options.path,  # type: ignore[arg-type]
                     completion_window="24h",
                     metadata={NAME: name},
                 )
             ),
-            again=False,  # it may have been created: the next look at the server's batches tells
+            again=False,  # the server's list of batches will tell
         )
-        if remote is not None:
-            self._ledger.transaction([lambda ledger: ledger.name_batch(name, self._options.known_as, remote)])
-            say(f"  batch {remote}: {len(attempts)} requests sent")
+        return found
+
+    def _name(self, name: str, remote: str) -> None:
+        self._ledger.transaction([lambda ledger: ledger.name_batch(name, self._options.known_as, remote)])
 
     def _body(self, ask: Ask, indices: Sequence[int]) -> dict[str, Any]:
         if len(indices) > 1:
@@ -153,9 +174,10 @@ class BatchPurchase:
     def _take_in(self) -> None:
         """Wait for every batch that is under way, and settle what it brings."""
         for name, known in self._ledger.open_batches(self._options.known_as).items():
-            remote = known or self._found_again(name)
+            remote = self._found_again(name) if known == "" else known
             if remote is None:
-                self._fail(name, "the batch was never created", paid=False)
+                lost = known is not None
+                self._fail(name, "the batch is not among the server's" if lost else "it was never sent", paid=lost)
             elif (batch := self._ended(remote)) is None:
                 self._fail(name, "the server does not know the batch any more", paid=True)
             else:
@@ -186,27 +208,37 @@ class BatchPurchase:
 
     def _rows(self, file: str, least: int) -> list[dict[str, Any]]:
         """The rows of a file. Raises ValueError unless it is whole."""
-        rows = [json.loads(line) for line in self._client.files.content(file).content.splitlines()]
+        rows = [json.loads(line) for line in self._client.files.content(file).content.splitlines() if line.strip()]
         if len(rows) < least or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{len(rows)} rows of {least}")
         return rows
 
     def _found_again(self, name: str) -> str | None:
-        """A batch whose creation was not answered, among the server's."""
-        found = self._ask(lambda: {(one.metadata or {}).get(NAME): one.id for one in self._newest()})
-        return None if found is None else found.get(name)
+        """A batch whose creation was not answered, among the server's: looked for until patience ends."""
+        end = time.monotonic() + self._options.patience
+        while True:
+            found: str | None = self._ask(partial(self._named, name))
+            if found or time.monotonic() > end:
+                return found or None
+            time.sleep(self._options.batch_poll)
 
-    def _newest(self) -> list[Any]:
-        return list(self._client.batches.list(limit=100).data)
+    def _named(self, name: str) -> str:
+        """The server's name for a batch, "" if it lists none of ours."""
+        for place, batch in enumerate(self._client.batches.list(limit=100)):
+            if _mapping(batch.metadata).get(NAME) == name:
+                return _id(batch)
+            if place >= LISTED:
+                break
+        return ""
 
     def _settle(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Settle the attempts that a batch's file of answers names."""
-        attempts = self._ledger.open_attempts(name)
-        work: list[Operation[None]] = []
-        for row in rows:
-            attempt, response = int(row["custom_id"]), row.get("response") or {}
-            if attempt in attempts:
-                work.append(self._settled(attempt, *attempts[attempt], row, response))
+        attempts = {str(attempt): (attempt, *size) for attempt, size in self._ledger.attempts_of(name).items()}
+        work = [
+            self._settled(*attempts[row["custom_id"]], row, _mapping(row.get("response")))
+            for row in rows
+            if isinstance(row.get("custom_id"), str) and row["custom_id"] in attempts
+        ]
         self._ledger.transaction(work)
         self._calls += len(work)
 
@@ -216,12 +248,12 @@ class BatchPurchase:
         """The ledger operation for one answer."""
         options, status = self._options, response.get("status_code")
         if status != 200:
-            error = row.get("error") or (response.get("body") or {}).get("error") or response
+            error = row.get("error") or _mapping(response.get("body")).get("error") or response
             words = f"HTTP {status}: {shown(str(error), self._secrets)}"
             if isinstance(status, int) and status not in PASSES:
                 ask, indices = self._sent.get(attempt, (None, ()))
                 self._refused |= {(ask.asked.key, index): words for index in indices if ask}
-            paid = not response and (row.get("error") or {}).get("code") not in NEVER_RAN
+            paid = not response and _mapping(row.get("error")).get("code") not in NEVER_RAN
             return lambda ledger: ledger.fail(attempt, words, paid)
         try:
             reply = read_reply(json.dumps(response.get("body")).encode(), samples, most, most // samples)
@@ -234,7 +266,7 @@ class BatchPurchase:
         return lambda ledger: ledger.settle(attempt, reply.choices, parts, usage, money)
 
     def _fail(self, name: str, error: str, paid: bool) -> None:
-        attempts = self._ledger.open_attempts(name)
+        attempts = self._ledger.attempts_of(name, "open")
 
         def failing(attempt: int) -> Any:
             return lambda ledger: ledger.fail(attempt, error, paid)
@@ -253,9 +285,9 @@ class BatchPurchase:
                     fault = Fault(f"a malformed answer ({error})", paid=True)  # the client takes anything for one
                 if fault is None:
                     raise
-                self._stop_at(fault, time.monotonic() - started)
                 if not again and fault.paid:
                     return None
+                self._stop_at(fault, time.monotonic() - started)
                 failures += 1
                 time.sleep(fault.pause if fault.pause is not None else min(60.0, 2.0**failures))
 
@@ -295,12 +327,17 @@ def _known(batch: Any) -> Any:
     return batch
 
 
+def _mapping(found: Any) -> Mapping[str, Any]:
+    return found if isinstance(found, Mapping) else {}
+
+
 def _progress(batch: Any) -> str:
     counts = batch.request_counts
     return f"{counts.completed} of {counts.total} done, {counts.failed} failed" if counts else "no counts"
 
 
 def _client(options: OpenAI, key: str, headers: dict[str, str]) -> Client:
+    from openai import DefaultHttpxClient
     from openai import OpenAI as Client
 
     return Client(
@@ -309,4 +346,5 @@ def _client(options: OpenAI, key: str, headers: dict[str, str]) -> Client:
         timeout=options.timeout,
         max_retries=0,
         default_headers=headers,
+        http_client=DefaultHttpxClient(follow_redirects=False),  # headers hold keys
     )

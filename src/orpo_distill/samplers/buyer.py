@@ -142,10 +142,13 @@ class Buyer:
                 task.add_done_callback(lambda _: places.release())
                 task.add_done_callback(self._ended)
             self._all_asked = True
+        except OrpoDistillError as error:  # of a prompt that cannot be made: what is under way still comes back
+            self._halt(error)
+        try:
             await self._come_back(tasks)
         finally:
             await self._servers.close()
-            self._commit.close()
+            await self._commit.close()
         if self._refused and not self._tally.calls and not self._tally.delivered:
             self._halt(self._unusable(f"every request was refused, the last with {self._last_refusal}"))
         if self._why:
@@ -388,5 +391,5 @@ def _client(options: OpenAI, url: str, key: str, headers: dict[str, str]) -> Asy
         timeout=options.timeout,
         max_retries=0,
         default_headers=headers,
-        http_client=DefaultAioHttpClient(limits=limits),
+        http_client=DefaultAioHttpClient(limits=limits, follow_redirects=False),  # headers hold keys
     )

@@ -45,6 +45,8 @@ class Commits:
                 with suppress(asyncio.InvalidStateError):
                     future.set_result(result)
 
-    def close(self) -> None:
-        """Wait for the last transaction."""
+    async def close(self) -> None:
+        """Wait for the last transaction, also for operations whose callers were cancelled."""
+        while self._flushing is not None and not self._flushing.done():
+            await asyncio.wait([self._flushing])
         self._pool.shutdown()

@@ -11,7 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from orpo_distill.component import SPEED_ONLY, Options
 from orpo_distill.errors import ConfigError, RunError, missing_extra
@@ -20,6 +28,10 @@ from orpo_distill.samplers import Generate, Sampler
 from orpo_distill.samplers.replies import Thinking
 
 MILLION = 1_000_000
+OWN_FIELDS = {
+    *("model", "messages", "prompt", "n", "seed", "stream", "temperature", "top_p", "top_k", "stop"),
+    *("max_tokens", "max_completion_tokens", "best_of"),
+}
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -102,9 +114,15 @@ class OpenAI(Sampler):
     @field_validator("extra_body")
     @classmethod
     def _own_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if taken := {"model", "messages", "prompt", "n", "seed", "stream"} & value.keys():
+        if taken := OWN_FIELDS & value.keys():
             raise ValueError(f"expected fields that the sampler does not set itself, found {', '.join(sorted(taken))}")
         return value
+
+    @model_validator(mode="after")
+    def _priced(self) -> Self:
+        if self.budget.money is not None and not self.price.most(1, 1):
+            raise ValueError("expected a price beside budget.money, found none; without it every call costs 0")
+        return self
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -119,7 +137,11 @@ class OpenAI(Sampler):
     @property
     def known_as(self) -> str:
         """The endpoint's name in the ledger."""
-        return self.endpoint or self.urls[0]
+        if self.endpoint:
+            return self.endpoint
+        scheme, _, rest = self.urls[0].partition("://")
+        host, slash, path = rest.partition("/")
+        return f"{scheme.lower()}://{host.lower()}{slash}{path}".rstrip("/")
 
     @property
     def ledger_path(self) -> Path:
@@ -187,15 +209,12 @@ class OpenAI(Sampler):
 
         self.check()
         with Ledger(self.ledger_path) as ledger:
-            if self.batch:
-                yield BatchPurchase(self, model, ledger)
-                return
-            if ledger.open_batches(self.known_as):
+            if not self.batch and ledger.open_batches(self.known_as):
                 raise RunError(
                     f"expected sampler.batch: true while batches of {self.known_as} are under way, found false; set it "
                     "until they have come back: what they hold is paid for"
                 )
-            purchase = Purchase(self, model, ledger)
+            purchase = (BatchPurchase if self.batch else Purchase)(self, model, ledger)
             try:
                 yield purchase
             finally:
@@ -207,5 +226,10 @@ def _variable(name: str, where: str) -> str:
         raise ConfigError(
             f"sampler.{where}: expected the environment variable {name} to be set, found that it is not; "
             f"export {name}=..."
+        )
+    if not (value.isascii() and value.isprintable()):
+        raise ConfigError(
+            f"sampler.{where}: expected plain letters in the environment variable {name}, found other characters; copy "
+            "the key again"
         )
     return value

@@ -16,8 +16,9 @@ from orpo_distill.records import FinishReason
 from orpo_distill.samplers import Completion, Request
 
 Thinking = Literal["keep", "strip", "answer_only"]
-FILTERED = ("content_filter", "refusal")  # finish reasons
+FILTERED = ("content_filter", "refusal", "error", "abort")  # finish reasons
 OPENING, CLOSING = "<think>", "</think>"
+HIDDEN = 1 << 15  # prompt tokens that a server may add (its own instructions, tools) and still be believed
 LONGEST_TOKENS = 8  # characters that tokens have at most on average: llama.cpp counts only the first of n choices
 
 
@@ -68,7 +69,7 @@ def shares(choices: Sequence[str], tokens: int | None) -> list[int | None]:
 def read_bought(request: Request, bought: Bought, thinking: Thinking) -> Completion:
     """A sample from the ledger as the completion of a request."""
     text, finish = read_choice(bought.choice, thinking)
-    error = "cut by the server's filter" if finish is FinishReason.ERROR else ""
+    error = "the server ended it with an error or by its filter" if finish is FinishReason.ERROR else ""
     return Completion(request, text, finish, bought.prompt_tokens, bought.completion_tokens, error)
 
 
@@ -144,7 +145,7 @@ def _joined(content: Any, kind: str) -> str:
 def _usage(data: Any, most_prompt: int, possible: range) -> Usage | None:
     if not isinstance(data, dict):
         return None
-    prompt = _count(data.get("prompt_tokens"), range(1, most_prompt + 1))
+    prompt = _count(data.get("prompt_tokens"), range(1, most_prompt + HIDDEN))
     completion = _count(data.get("completion_tokens", 0), possible)
     if prompt is None or completion is None:
         return None
