@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from orpo_distill.ledger import Usage
 from orpo_distill.records import FinishReason
-from orpo_distill.samplers.replies import Malformed, Reply, Thinking, read_choice, read_reply, shares
+from orpo_distill.samplers.replies import HIDDEN, Malformed, Reply, Thinking, read_choice, read_reply, shares
 
 MODES: tuple[Thinking, ...] = ("keep", "strip", "answer_only")
 STOP, LENGTH, ERROR = FinishReason.STOP, FinishReason.LENGTH, FinishReason.ERROR
@@ -184,7 +184,7 @@ def test_missing_counts_are_not_made_up(counts: Any) -> None:
     assert usage_of(counts) is None
 
 
-@pytest.mark.parametrize("prompt", [0, -1, 101, 10**9, "7", 7.0, True])
+@pytest.mark.parametrize("prompt", [0, -1, 100 + HIDDEN, 10**9, "7", 7.0, True])
 def test_implausible_prompt_counts(prompt: Any) -> None:
     assert usage_of({"prompt_tokens": prompt, "completion_tokens": 20}) is None
     assert usage_of({"prompt_tokens": 100, "completion_tokens": 20}) == Usage(100, 20)
