@@ -89,10 +89,11 @@ def test_a_killed_process_finds_its_batch_again(moment: float, tmp_path: Path) -
         time.sleep(moment)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        found = buy(sampler(server, tmp_path), requests(30))
+        found = buy(sampler(server, tmp_path, patience=3), requests(30))
         assert server.stats()["batch_served"] == 60
     assert all(one.finish_reason is FinishReason.STOP for one in found.values())
-    assert set(column(tmp_path, "SELECT state FROM attempts")) <= {"settled", "void"}
+    # Unknown where it was killed right before the batch was created: nobody can tell that from right after.
+    assert set(column(tmp_path, "SELECT state FROM attempts")) <= {"settled", "void", "unknown"}
 
 
 @pytest.mark.slow
