@@ -152,6 +152,16 @@ def save_checkpoint(
         file.chmod(readable)
 
 
+def restore(model: PreTrainedModel, folder: str) -> None:
+    """Put a saved checkpoint's weights into a model of the same architecture. Raises ValueError if any is missing."""
+    load: Any = type(model).from_pretrained
+    with _no_progress_bars():
+        saved, info = load(folder, dtype=model.dtype, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{len(missing)} weights missing, such as {missing[0]}")
+    model.load_state_dict(saved.state_dict())
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -26,7 +26,7 @@ from orpo_distill.component import blamed, type_name
 from orpo_distill.errors import OrpoDistillError, RunError, TrainingError, ran_out_of_memory
 from orpo_distill.groups import Row
 from orpo_distill.interrupt import Stop
-from orpo_distill.models import save_checkpoint
+from orpo_distill.models import restore, save_checkpoint
 from orpo_distill.objectives import Objective
 from orpo_distill.packing import Size, collate, micro_batches, packed_tokens, padded_tokens
 from orpo_distill.progress import say
@@ -237,8 +237,17 @@ class GroupTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Weights of a whole model come through `from_pretrained`, which knows how the files name them.
+
+        transformers' trainer reads them by name and leaves out, silently, those that are saved under another one: the
+        head of GPT-NeoX, the experts of Mixtral.
+        """
+        target: Any = self.model if model is None else model
         with _reading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if hasattr(target, "peft_config"):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                restore(target, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):

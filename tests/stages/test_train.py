@@ -43,9 +43,9 @@ def in_rounds(student: Path, pairs: Path, folder: Path, rounds: int, **section: 
     return outs
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
 def test_rounds_equal_one_uninterrupted_run_bit_for_bit(architecture: str, pairs: Path, tmp_path: Path) -> None:
-    """GPT-2 has dropout: random numbers must go on as well."""
+    """GPT-2 has dropout: random numbers must go on as well. GPT-NeoX's files call its head by another name."""
     model = save_tiny_checkpoint(tmp_path / "model", architecture)
     rounds = in_rounds(model, pairs, tmp_path, 3)
     run_train(options(model, (1, 3, 3)), pairs, tmp_path / "whole")
