@@ -90,8 +90,10 @@ def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_options_that_would_undo_a_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"expected a price beside budget\.money"):
-        OpenAI(base_url="http://e/v1", budget=Budget(money=1))
+    for price in (Price(), Price(prompt=1), Price(completion=1)):
+        with pytest.raises(ValueError, match=r"expected price\.prompt and price\.completion beside budget\.money"):
+            OpenAI(base_url="http://e/v1", budget=Budget(money=1), price=price)
+    assert OpenAI(base_url="http://e/v1", budget=Budget(money=1), price=Price(prompt=0, completion=2))
     for field in ("max_tokens", "best_of", "temperature"):
         with pytest.raises(ValueError, match=f"expected fields that the sampler does not set itself, found {field}"):
             OpenAI(base_url="http://e/v1", extra_body={field: 7}, price=Price(prompt=1))

@@ -120,8 +120,11 @@ class OpenAI(Sampler):
 
     @model_validator(mode="after")
     def _priced(self) -> Self:
-        if self.budget.money is not None and not self.price.most(1, 1):
-            raise ValueError("expected a price beside budget.money, found none; without it every call costs 0")
+        if self.budget.money is not None and not {"prompt", "completion"} <= self.price.model_fields_set:
+            raise ValueError(
+                "expected price.prompt and price.completion beside budget.money, found not both; a budget in money "
+                "cannot hold without them (0 for what is really free)"
+            )
         return self
 
     @property
