@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orpo_distill.errors import ModelError
-from orpo_distill.models import checkpoint_folder, load_model, load_tokenizer, pick_device
+from orpo_distill.models import checkpoint_folder, load_model, load_tokenizer, pick_device, restore
 from tests.checkpoints import save_tiny_checkpoint
 
 
@@ -109,3 +109,18 @@ def test_a_device_that_is_not_there() -> None:
     with pytest.raises(ModelError, match="use `device: auto`"):
         pick_device("no-such-device")
     assert pick_device("cpu") == "cpu"
+
+
+def test_restoring_puts_back_every_weight_also_renamed_ones(tmp_path: Path) -> None:
+    """Files of GPT-NeoX call its head otherwise, those of Mixtral its experts."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    for kind in ("gpt_neox", "mixtral", "llama"):
+        config = AutoConfig.for_model(kind, **small, **(heads if kind == "mixtral" else {"num_attention_heads": 2}))
+        saved, other = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(config)
+        saved.save_pretrained(tmp_path / kind)
+        restore(other, str(tmp_path / kind))
+        wanted = saved.state_dict()
+        assert all(torch.equal(value, wanted[name]) for name, value in other.state_dict().items()), kind
