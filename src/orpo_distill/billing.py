@@ -34,7 +34,8 @@ SUMMARY = """
 SELECT date(started, 'unixepoch') AS day, endpoint, model, count(*) AS calls, sum(coalesce(bought, 0)) AS samples,
     sum(prompt) AS prompt, sum(cached_prompt) AS cached, sum(completion) AS completion, sum(reasoning) AS reasoning,
     sum(money) AS money, sum(state IN ('open', 'unknown')) AS unknown,
-    sum(CASE WHEN state IN ('open', 'unknown') THEN most_money ELSE 0 END) AS unknown_money, sum(CASE WHEN state = 'void' THEN 0 ELSE again END) AS again
+    sum(CASE WHEN state IN ('open', 'unknown') THEN most_money ELSE 0 END) AS unknown_money,
+    sum(CASE WHEN state = 'void' THEN 0 ELSE again END) AS again
 FROM attempts JOIN asked USING (key)
 LEFT JOIN (SELECT attempt, count(*) AS bought FROM samples GROUP BY attempt) ON attempt = attempts.id
 GROUP BY day, endpoint, model ORDER BY day, endpoint, model
