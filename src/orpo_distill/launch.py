@@ -95,6 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with signals_raise(), disk_errors_explained(out):
             metrics = call(data["work"], options, {key: Path(value) for key, value in data["inputs"].items()}, out)
+            _leave_process_group()
     except Interrupted as error:
         return error.exit_code
     except OrpoDistillError as error:
@@ -103,6 +104,13 @@ def main(arguments: Sequence[str]) -> int:
     if int(os.environ.get("RANK", "0")) == 0 and path.name == "call.json":
         write_text(out / "metrics.json", json.dumps(metrics))
     return 0
+
+
+def _leave_process_group() -> None:
+    """End torch's communication threads, if there are any: one that outlives the interpreter may abort the process."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _error_file(call_file: Path) -> Path:
