@@ -82,8 +82,16 @@ class Result:
             **{key: test[key] for key in keys},
             "learning_rate": cell.config.train.learning_rate if cell.trains else None,
             **self._cost(),
+            "warnings": self._warnings(),
             "run": str(self._folder.relative_to(root)),
         }
+
+    def _warnings(self) -> list[str]:
+        """What the run's mechanisms warn of, by name."""
+        path = self._folder / "mechanisms" / "mechanisms.json"
+        if not self.cell.trains or not path.exists():
+            return []
+        return [str(warning) for warning in json.loads(path.read_bytes())["warnings"]]
 
     def _cost(self) -> Row:
         """Tokens trained on, tokens sampled to train on, and the seconds of both, as if nothing had been shared."""
@@ -114,7 +122,7 @@ def write_comparison(
         "name": design.folder.name,
         "version": metadata.version("orpo-distill"),
         "command": command,
-        "notes": list(_notes(design, impossible)),
+        "notes": [*_notes(design, impossible), *_edges(design, searches)],
         "methods": {name: _about(design, name) for name in [*design.methods, *design.swept()]},
         "search": [search.row() for search in searches if search.n is not None],
         "cells": [result.row(design.folder) for result in results],
@@ -157,6 +165,17 @@ def _notes(design: Design, impossible: Mapping[str, str]) -> Iterator[str]:
         yield "diverse-cot is left out: the teacher has one trace a problem, so it is single-cot."
     for name, reason in impossible.items():
         yield f"{name} could not be run: {reason}"
+
+
+def _edges(design: Design, searches: Sequence[Search]) -> Iterator[str]:
+    """Methods whose best learning rate was the lowest or the highest of those tried: another might suit them better."""
+    for block in design.blocks:
+        rates = design.rates_of(block)
+        for edge, word in ((min(rates), "lowest"), (max(rates), "highest")):
+            names = [each.method for each in searches if each.block == block and each.chosen and each.rate == edge]
+            if names and len(rates) > 1:
+                where = f" ({block.name})" if block.name else ""
+                yield f"The {word} learning rate tried, {edge:g}, was the best for {', '.join(names)}{where}."
 
 
 def _contrasts(design: Design, results: Sequence[Result]) -> list[Row]:

@@ -62,6 +62,8 @@ def render_markdown(content: Row) -> str:
         parts += ["## Trends", "", *markdown_table(_trend_table(content["trends"])), ""]
     if content["search"]:
         parts += ["## Learning rates, on validation", "", *markdown_table(_search_table(content["search"])), ""]
+    if warned := list(_warnings(content["cells"])):
+        parts += ["## What runs warn of", "", *(f"- {line}" for line in warned), ""]
     parts += ["## Methods", ""]
     parts += [f"- `{name}`: {method['about']}" for name, method in content["methods"].items()]
     return "\n".join([*parts, ""])
@@ -150,6 +152,16 @@ def _trend_table(rows: Sequence[Row]) -> Table:
 
 def _range(row: Row) -> str:
     return f"{row['low']:+.3f} to {row['high']:+.3f}"
+
+
+def _warnings(cells: Sequence[Row]) -> Iterator[str]:
+    """The name of each warning with the runs that give it; their reports have the measures."""
+    runs: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        for warning in cell["warnings"]:
+            runs.setdefault(warning.partition(":")[0], {})[cell["run"]] = None
+    for name, found in sorted(runs.items()):
+        yield f"{name}: {', '.join(found)}"
 
 
 def _search_table(rows: Sequence[Row]) -> Table:
