@@ -113,7 +113,7 @@ def test_chosen_falling_while_the_margin_grows_is_named(tmp_path: Path) -> None:
     run = whole_run(tmp_path / "demo")
     run.trained("round-2/train", 2, chosen=-0.3)
     text = Seen(run_page(run.path)).text
-    assert "In round 2 the chosen log-probability fell from -1.0" in text
+    assert "In round 2 the chosen log-probability fell from" in text
     assert "In round 1" not in text
 
 

@@ -32,7 +32,7 @@ FAMILIES = {"primary": "Primary contrasts, Holm-corrected", "exploratory": "Expl
 
 
 def comparison_page(content: Mapping[str, Any]) -> str:
-    """The HTML file of a comparison; `content` is its `compare.json` (docs/report.md). Raises DataError.
+    """The HTML file of a comparison; `content` is its `compare.json` (docs/compare.md). Raises DataError.
 
     A difference is called one only where p_holm <= 0.05 in the primary family.
     """
@@ -40,7 +40,7 @@ def comparison_page(content: Mapping[str, Any]) -> str:
         return render(_page(content))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"expected a comparison as docs/report.md describes it, found: {error!r}; run compare again"
+            f"expected a comparison as docs/compare.md describes it, found: {error!r}; run compare again"
         ) from error
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, sqrt
-from statistics import fmean, variance
+from math import isfinite
+from statistics import fmean
 
+from orpo_distill.measures import ends, falls_while_margin_grows
 from orpo_distill.page.blocks import Block, Chart, Charts, Section, Table, Text, count, number
 from orpo_distill.page.drawing import DASHES, Drawing, colour, series
 from orpo_distill.page.files import Row, RunFiles
 
 MOST_POINTS = 240  # of a curve; longer logs are drawn as means of neighbouring steps
-LEAST_STEPS = 9  # of a round, to say whether something rises or falls
 
 Run = tuple[str, list[Row]]
 """A stage's name for people, and its log."""
@@ -81,14 +81,16 @@ def _with_margin(rows: list[Row]) -> list[Row]:
 def warnings(name: str, rows: Sequence[Row]) -> list[str]:
     """What a reader must know about a round's curves, in plain words."""
     found = []
-    chosen, margin = (_change(rows, key) for key in ("logps/chosen", "margin"))
-    if chosen and margin and chosen.falls and margin.rises:
-        found.append(
-            f"In {name} the chosen log-probability fell from {chosen.first:.3f} to {chosen.last:.3f} nats a token "
-            f"while the margin grew from {margin.first:.3f} to {margin.last:.3f}: the student tells good from bad "
-            "texts better and yet moves away from the teacher's (likelihood displacement). Lower objective.weight or "
-            "train.learning_rate, and look at the lengths and the parse rate below."
-        )
+    both = [[row[key] for row in rows if _is_number(row.get(key))] for key in ("logps/chosen", "logps/rejected")]
+    if all(both):
+        chosen, rejected = (ends(values) for values in both)
+        if falls_while_margin_grows(chosen, rejected):
+            found.append(
+                f"In {name} the chosen log-probability fell from {chosen[0]:.3f} to {chosen[1]:.3f} nats a token while "
+                f"the margin grew from {chosen[0] - rejected[0]:.3f} to {chosen[1] - rejected[1]:.3f}: the student "
+                "tells good from bad texts better and yet moves away from the teacher's (likelihood displacement). Lower "
+                "objective.weight or train.learning_rate, and look at the lengths and the parse rate below."
+            )
     highest = max((row["rejected_probability_max"] for row in rows if "rejected_probability_max" in row), default=0)
     if highest > 0.98:
         found.append(
@@ -96,33 +98,6 @@ def warnings(name: str, rows: Sequence[Row]) -> list[str]:
             "only train.max_grad_norm holds it."
         )
     return found
-
-
-@dataclass(frozen=True)
-class Change:
-    """Means of the first and the last third of a curve, and whether they differ by more than its noise."""
-
-    first: float
-    last: float
-    noise: float  # standard error of the difference
-
-    @property
-    def falls(self) -> bool:
-        return self.last < self.first - 2 * self.noise
-
-    @property
-    def rises(self) -> bool:
-        return self.last > self.first + 2 * self.noise
-
-
-def _change(rows: Sequence[Row], key: str) -> Change | None:
-    values = [row[key] for row in rows if _is_number(row.get(key))]
-    third = len(values) // 3
-    if len(values) < LEAST_STEPS:
-        return None
-    first, last = values[:third], values[-third:]
-    noise = sqrt(variance(first) / third + variance(last) / third)
-    return Change(fmean(first), fmean(last), noise)
 
 
 def _chart(curve: Curve, runs: Sequence[Run], control: Sequence[Row]) -> Chart | None:
@@ -169,11 +144,8 @@ def _ends(runs: Sequence[Run], control: list[Row]) -> Table:
     keys = {"logps/chosen": "chosen", "logps/rejected": "rejected", "margin": "margin", "loss": "loss"}
     rows = []
     for name, log in [*runs, *([("sft control", control)] if control else [])]:
-        tenth = max(1, len(log) // 10)
-        cells = []
-        for key in keys:
-            ends = [[row[key] for row in part if _is_number(row.get(key))] for part in (log[:tenth], log[-tenth:])]
-            cells.append(" to ".join(number(fmean(values)) for values in ends) if all(ends) else "–")
+        values = [[row[key] for row in log if _is_number(row.get(key))] for key in keys]
+        cells = [" to ".join(map(number, ends(each))) if each else "–" for each in values]
         rows.append([name, count(len(log)), *cells])
     note = "Means of a round's first and last tenth. Log-probabilities and margin in nats a token."
     return Table("First and last steps", ["training", "steps", *keys.values()], rows, note)
