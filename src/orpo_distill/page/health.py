@@ -88,8 +88,8 @@ def warnings(name: str, rows: Sequence[Row]) -> list[str]:
             found.append(
                 f"In {name} the chosen log-probability fell from {chosen[0]:.3f} to {chosen[1]:.3f} nats a token while "
                 f"the margin grew from {chosen[0] - rejected[0]:.3f} to {chosen[1] - rejected[1]:.3f}: the student "
-                "tells good from bad texts better and yet moves away from the teacher's (likelihood displacement). Lower "
-                "objective.weight or train.learning_rate, and look at the lengths and the parse rate below."
+                "tells good from bad texts better and yet moves away from the teacher's (likelihood displacement). "
+                "Lower objective.weight or train.learning_rate, and look at the lengths and the parse rate below."
             )
     highest = max((row["rejected_probability_max"] for row in rows if "rejected_probability_max" in row), default=0)
     if highest > 0.98:
