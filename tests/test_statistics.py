@@ -16,6 +16,7 @@ from orpo_distill.statistics import (
     mcnemar,
     over_seeds,
     paired_difference,
+    slope_weights,
     smallest_difference,
     wilson,
 )
@@ -140,9 +141,9 @@ def test_few_seeds_equal_scipys_t_test(points: list[int]) -> None:
     assert found.weak
 
 
-def test_seeds_that_agree_exactly_have_no_p_value() -> None:
+def test_seeds_that_agree_exactly_say_nothing_of_others() -> None:
     found = estimate([[1, 0], [0, 1], [1, 0]])
-    assert (found.mean, found.low, found.high, found.p) == (0.5, 0.5, 0.5, None)
+    assert (found.mean, found.low, found.high, found.p) == (0.5, None, None, None)
 
 
 def test_problems_alone_give_the_standard_error_of_a_mean() -> None:
@@ -194,3 +195,24 @@ def test_nothing_can_be_shown_without_discordance() -> None:
     assert smallest_difference(5, 0.1) is None
     with pytest.raises(ValueError, match="expected n >= 1"):
         smallest_difference(0, 0.1)
+
+
+def test_seeds_that_agree_have_no_interval() -> None:
+    """A width of 0 would read as certainty. 0.1 + 0.2 is 0.30000000000000004."""
+    for differences in ([0.25, 0.25], [0.1 + 0.2, 0.3], [0.0, 0.0, 0.0]):
+        found = over_seeds(differences)
+        assert (found.low, found.high, found.p) == (None, None, None)
+
+
+def test_what_cancels_counts_for_both_sides() -> None:
+    """3/7 - 2/7 - 1/7 is no 0 in floats. Unscaled, such means would count as above or below 0 by their last bit."""
+    scores = [[3.0, -2.0, -1.0, 0.0, 0.0, 0.0, 0.0]] * 6
+    scaled = [[score * 0.1 for score in row] for row in scores]
+    assert crossed_bootstrap(scores).p == pytest.approx(crossed_bootstrap(scaled).p, abs=1e-9)
+
+
+def test_weights_of_a_slope_sum_to_nothing() -> None:
+    assert sum(slope_weights([0.7, 0.8, 0.9])) == 0
+    assert [float(weight) for weight in slope_weights([0, 1, 2])] == [-0.5, 0, 0.5]
+    with pytest.raises(ValueError, match="two different values"):
+        slope_weights([1, 1.0])

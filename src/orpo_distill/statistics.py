@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import sqrt
 from statistics import NormalDist, mean, stdev
 
 ENOUGH_SEEDS = 5  # to resample them
 RESAMPLES = 10_000
+ROUNDING = 1e-12  # sums of floats that differ by less than this share of the largest one are equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ def estimate(scores: Sequence[Sequence[float]]) -> Estimate:
 def over_seeds(differences: Sequence[float], confidence: float = 0.95) -> Estimate:
     """The t-interval and one-sample t-test of paired differences, one a seed (Student 1908). Raises ValueError below 2.
 
-    Where all are equal there is no spread to measure with: no p-value.
+    Where all are equal there is no spread to measure with: no interval and no p-value.
     """
     from scipy.stats import t
 
@@ -107,8 +109,10 @@ def over_seeds(differences: Sequence[float], confidence: float = 0.95) -> Estima
     if count < 2:
         raise ValueError(f"expected differences of at least 2 seeds, found {count}")
     centre, error = mean(differences), stdev(differences) / sqrt(count)
+    if error <= ROUNDING * max(map(abs, differences)):
+        return Estimate(centre, None, None, None, f"t over {count} seeds", True)
     half = float(t.ppf((1 + confidence) / 2, count - 1)) * error
-    p = 2 * float(t.sf(abs(centre) / error, count - 1)) if error else None
+    p = 2 * float(t.sf(abs(centre) / error, count - 1))
     return Estimate(centre, centre - half, centre + half, p, f"t over {count} seeds", True)
 
 
@@ -116,7 +120,7 @@ def crossed_bootstrap(scores: Sequence[Sequence[float]], confidence: float = 0.9
     """The percentile interval of the mean of `scores` (seeds, problems), resampling seeds and problems independently.
 
     Owen 2007 (Annals of Applied Statistics 1:386), the pigeonhole bootstrap: for data that are crossed it is slightly
-    conservative. p is twice the smaller share of resampled means on one side of 0, at least 1 / resamples. A single
+    conservative. p is twice the smaller share of resampled means on one side of 0, at least 2 / resamples. A single
     seed is not resampled.
     """
     import numpy
@@ -130,7 +134,8 @@ def crossed_bootstrap(scores: Sequence[Sequence[float]], confidence: float = 0.9
         weights = coin.multinomial(seeds, numpy.full(seeds, 1 / seeds), 500) / seeds  # (500, S)
         means[start : start + 500] = ((drawn @ table.T) * weights).sum(1)
     low, high = numpy.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    tail = min((means <= 0).mean(), (means >= 0).mean())
+    nothing = ROUNDING * abs(table).max()
+    tail = min((means <= nothing).mean(), (means >= -nothing).mean())
     p = min(1.0, 2 * max(float(tail), 1 / RESAMPLES))
     how = f"bootstrap of {seeds} seeds x {problems} problems" if seeds > 1 else f"bootstrap of {problems} problems"
     return Estimate(float(table.mean()), float(low), float(high), p, how, seeds < ENOUGH_SEEDS)
@@ -168,6 +173,20 @@ def smallest_difference(n: int, discordance: float, alpha: float = 0.05, power: 
         middle = (low + high) / 2
         low, high = (low, middle) if needed(middle) <= n else (middle, high)
     return high
+
+
+def slope_weights(values: Sequence[float]) -> list[Fraction]:
+    """What the least-squares slope of y on `values` weighs each y with: (v - mean) / sum of squares of that.
+
+    Exact, so that they sum to 0: where nothing differs the slope is 0, not a last bit that all resamples agree on.
+    Raises ValueError unless two values differ.
+    """
+    exact = [Fraction(value) for value in values]
+    if len(set(exact)) < 2:
+        raise ValueError(f"expected two different values, found {list(values)}")
+    centre = sum(exact) / len(exact)
+    spread = sum((value - centre) ** 2 for value in exact)
+    return [(value - centre) / spread for value in exact]
 
 
 def majority_rate(answers: Sequence[str]) -> float:

@@ -117,3 +117,23 @@ def test_a_sweep_of_numbers_has_one_slope(tmp_path: Path) -> None:
     assert trend["accuracies"] == pytest.approx([0.5, 0.6, 0.7])
     assert trend["slope"] == pytest.approx(0.2)
     assert trend["p"] is None
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_a_setting_without_effect_has_no_trend(tmp_path: Path, seeds: int) -> None:
+    """All values give the same answers. The weights of 0.7, 0.8 and 0.9 as floats sum to -5e-15, in every resample."""
+    values = (0.7, 0.8, 0.9)
+    design = designed(tmp_path, methods="", sweeps=("pairs.rouge_l_max=0.7,0.8,0.9",), seeds=seeds)
+    right = [(f"pairs.rouge_l_max={value}", seed, set(range(50 + seed))) for seed in range(seeds) for value in values]
+    (trend,) = content(design, *right)["trends"]
+    assert trend["slope"] == 0
+    assert trend["p"] in (None, 1.0)
+
+
+def test_a_trend_over_other_problems_is_refused(tmp_path: Path) -> None:
+    design = designed(tmp_path, methods="", sweeps=("pairs.phi=0,1",), seeds=1)
+    block = design.blocks[0]
+    cells = [design.trained(block, method, 0, 1e-3, "epochs") for method in design.swept()]
+    results = [finish(cell, {1}, n) for cell, n in zip(cells, (6, 5), strict=True)]
+    with pytest.raises(DataError, match="same test problems"):
+        write_comparison(design, [], results, {}, "")

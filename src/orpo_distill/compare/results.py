@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,15 @@ from orpo_distill.compare.methods import EXPLORATORY, METHODS, PRIMARY, Sweep, m
 from orpo_distill.errors import DataError
 from orpo_distill.records import Answer, Outcome, read_jsonl, write_text
 from orpo_distill.runs import Metrics, read_manifest
-from orpo_distill.statistics import Estimate, estimate, holm, mcnemar, paired_difference, smallest_difference
+from orpo_distill.statistics import (
+    Estimate,
+    estimate,
+    holm,
+    mcnemar,
+    paired_difference,
+    slope_weights,
+    smallest_difference,
+)
 
 ALPHA = 0.05
 Row = dict[str, Any]
@@ -154,13 +163,15 @@ def _notes(design: Design, impossible: Mapping[str, str]) -> Iterator[str]:
             "order of training would do, not how other traces would."
         )
     yield "The problems are fixed: nothing here says how another choice of train problems would do."
-    if any(len(design.rates_of(block)) > 1 for block in design.blocks):
+    trained = design.trained_methods()
+    if trained and any(len(design.rates_of(block)) > 1 for block in design.blocks):
         yield (
             "Each method's learning rate was chosen on validation, with the first seed and equal epochs, before test "
             "problems were read; equal tokens use the same rate."
         )
-    if "tokens" in design.budgets:
-        yield "Equal tokens: response tokens scored in training, within 5% or a step of what orpo-off has in epochs."
+    if trained and "tokens" in design.budgets:
+        whose = "orpo-off" if "orpo-off" in trained else "the method that trains on most"
+        yield f"Equal tokens: response tokens scored in training, within 5% or a step of what {whose} has in epochs."
     if "diverse-cot" not in design.methods and any(most_traces(block.config) == 1 for block in design.blocks):
         yield "diverse-cot is left out: the teacher has one trace a problem, so it is single-cot."
     for name, reason in impossible.items():
@@ -252,9 +263,7 @@ def _paired(a: str, b: str, results: Sequence[Result]) -> list[tuple[int, Result
 
 def _differences(one: Result, other: Result) -> list[float]:
     """By problem: 1 where only `one` is right, -1 where only `other` is. Raises DataError for different problems."""
-    if one.right.keys() != other.right.keys():
-        names = f"{one.cell.config.name} and {other.cell.config.name}"
-        raise DataError(f"expected the same test problems in {names}, found different ones; run the comparison again")
+    _require_same_problems([one, other])
     return [float(right) - float(other.right[problem]) for problem, right in one.right.items()]
 
 
@@ -282,19 +291,27 @@ def _trend(sweep: Sweep, block: Block, budget: str, results: Sequence[Result]) -
     whole = [seed for seed in seeds if all((method, seed) in here for method in methods)]
     if not whole:
         return None
-    centre = mean(sweep.values)
-    spread = sum((value - centre) ** 2 for value in sweep.values)
-    scores = [
-        [
-            sum(
-                (value - centre) / spread * here[method, seed].right[problem]
-                for value, method in zip(sweep.values, methods, strict=True)
-            )
-            for problem in here[methods[0], seed].right
-        ]
-        for seed in whole
-    ]
+    weights = slope_weights(sweep.values)
+    scores = [_weighted([here[method, seed] for method in methods], weights) for seed in whole]
     accuracies = [mean(mean(here[method, seed].right.values()) for seed in whole) for method in methods]
     judged = estimate(scores)
     row = {**_place(block), "budget": budget, "key": sweep.key, "values": list(sweep.values), "accuracies": accuracies}
     return {**row, "seeds": len(whole), "slope": judged.mean, **_judged(judged)}
+
+
+def _weighted(results: Sequence[Result], weights: Sequence[Fraction]) -> list[float]:
+    """By problem: the sum of the weights of the results that are right. Raises DataError for different problems."""
+    _require_same_problems(results)
+    return [
+        float(sum(weight for result, weight in zip(results, weights, strict=True) if result.right[problem]))
+        for problem in results[0].right
+    ]
+
+
+def _require_same_problems(results: Sequence[Result]) -> None:
+    for result in results[1:]:
+        if result.right.keys() != results[0].right.keys():
+            names = f"{results[0].cell.config.name} and {result.cell.config.name}"
+            raise DataError(
+                f"expected the same test problems in {names}, found different ones; run the comparison again"
+            )

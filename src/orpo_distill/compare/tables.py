@@ -132,7 +132,7 @@ def contrast_table(rows: Sequence[Row]) -> Table:
 
 
 def _interval(row: Row) -> str:
-    return f"{row['low']:+.1%} to {row['high']:+.1%}"
+    return "-" if row["low"] is None else f"{row['low']:+.1%} to {row['high']:+.1%}"
 
 
 def _p(value: float | None) -> str:
@@ -151,7 +151,7 @@ def _trend_table(rows: Sequence[Row]) -> Table:
 
 
 def _range(row: Row) -> str:
-    return f"{row['low']:+.3f} to {row['high']:+.3f}"
+    return "-" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"
 
 
 def _warnings(cells: Sequence[Row]) -> Iterator[str]:
