@@ -76,7 +76,9 @@ def test_a_sweep_is_rows_of_one_setting() -> None:
     assert configured(config(), linear.method(linear.values[1]), [linear]).pairs.phi.end == 1
 
 
-@pytest.mark.parametrize("text", ["pairs.phi", "pairs.phi=", "pairs.phi=0.5", "pairs.phi=1,1", "K=[1", "=1,2"])
+@pytest.mark.parametrize(
+    "text", ["pairs.phi", "pairs.phi=", "pairs.phi=0.5", "pairs.phi=1,1", "pairs.phi=1,1.0", "K=[1", "=1,2"]
+)
 def test_a_sweep_of_nothing_is_an_error(text: str) -> None:
     with pytest.raises(ConfigError, match="--sweep"):
         parse_sweep(text)

@@ -20,6 +20,17 @@ from orpo_distill.runs import Stage, flat_options
 
 Budget = Literal["epochs", "tokens"]
 SEARCHED = "search"  # in the names of runs that only look for a learning rate
+LONGEST_NAME = 100  # letters of a run's name that are kept as they are
+FIXED = {
+    "train.learning_rate": "; give the rates to choose from with --learning-rates",
+    "train.steps_per_round": "; see --budgets",
+    "seed": "; see --seeds",
+    "traces_seed": "; see --vary traces",
+    "evaluate.limit": "; differences are taken on the same test problems",
+    "problems.test": "; differences are taken on the same test problems",
+    **dict.fromkeys(("evaluate.test", "evaluate.sft", "evaluate.teacher", "train.keep", "name", "runs", "ledger"), ""),
+}
+"""Settings that a comparison decides itself, each with where to ask for something like it: they cannot be swept."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +140,20 @@ class Design:
 
     def _config(self, block: Block, config: Config, name: str, settings: Mapping[str, object]) -> Config:
         own = {"name": (f"{block.name}-" if block.name else "") + _file_name(name), "runs": str(self.folder)}
-        controls = {"evaluate.sft": False, "evaluate.teacher": False}  # methods of their own here
+        controls = {"evaluate.test": True, "evaluate.sft": False, "evaluate.teacher": False}  # methods of their own
         return overlaid(config, {**controls, **settings, **own})
 
 
 def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
+    """A name that a run may have, another one for every name: `pairs.phi=0.5` becomes `pairs.phi-0.5`.
+
+    What needs more than that for its equals sign, or is long, gets a part of its hash.
+    """
+    plain = name.replace("=", "-", 1)
+    written = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in plain)
+    if written == plain and len(plain) <= LONGEST_NAME:
+        return plain
+    return f"{written[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -155,7 +174,7 @@ def design_of(configs: Sequence[Config], asked: Asked) -> Design:
     if not configs:
         raise ConfigError("expected a config to compare methods on, found none; name at least one file")
     methods = parse_methods(asked.methods, configs)
-    sweeps = tuple(parse_sweep(text) for text in asked.sweeps)
+    sweeps = _sweeps(asked.sweeps)
     if not methods and not sweeps:
         raise ConfigError("expected methods or a sweep to compare, found none; see --methods and --sweep")
     name = asked.name or f"{configs[0].name}-compare"
@@ -173,6 +192,18 @@ def design_of(configs: Sequence[Config], asked: Asked) -> Design:
         for method in design.trained_methods():
             design.trained(block, method, block.config.seed, block.config.train.learning_rate, "epochs")
     return design
+
+
+def _sweeps(texts: Sequence[str]) -> tuple[Sweep, ...]:
+    """Raises ConfigError for a setting that stands twice or is not free."""
+    sweeps = tuple(parse_sweep(text) for text in texts)
+    for place, sweep in enumerate(sweeps):
+        if sweep.key in [other.key for other in sweeps[:place]]:
+            raise ConfigError(f"expected one --sweep of each setting, found {sweep.key} twice; name its values in one")
+        for fixed, instead in FIXED.items():
+            if f"{fixed}.".startswith(f"{sweep.key}."):
+                raise ConfigError(f"expected --sweep of a setting that compare leaves alone, found {fixed}{instead}")
+    return sweeps
 
 
 def _rates(text: str | None) -> tuple[float, ...]:

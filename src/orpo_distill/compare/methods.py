@@ -107,7 +107,7 @@ def parse_sweep(text: str) -> Sweep:
         found = parse_yaml(f"[{values}]") if key and equals and values else []
     except yaml.YAMLError as error:
         raise ConfigError(f"expected key=value,value,... in --sweep, found {text!r}: {error}") from error
-    if len(found) < 2 or len(found) != len({str(value) for value in found}):
+    if len(found) < 2 or any(value in found[:place] for place, value in enumerate(found)):
         raise ConfigError(
             f"expected --sweep key=value,value,... with two different values or more, found {text!r}; "
             "for instance pairs.phi=0,0.5,1"

@@ -1,0 +1,49 @@
+"""The runs of a comparison: names that never meet, and settings that are the comparison's own."""
+
+from __future__ import annotations
+
+import pytest
+
+from orpo_distill.compare.cells import Asked, Design, design_of
+from orpo_distill.errors import ConfigError
+from tests.compare.test_methods import config
+
+
+def designed(*sweeps: str) -> Design:
+    return design_of([config(rounds=1)], Asked("orpo-off", sweeps))
+
+
+def test_every_run_has_a_name_of_its_own() -> None:
+    """Letters that no name may have are replaced: what differs only in them must not share a folder."""
+    design = designed(
+        'task.prompt="{question}?","{question}!","{question}é"',
+        f'teacher.prefix="{"a" * 300}b","{"a" * 300}c"',
+        "pairs.phi=0,0.5",
+    )
+    block = design.blocks[0]
+    names = [design.trained(block, method, 0, 1e-3, "epochs").config.name for method in design.trained_methods()]
+    assert len(set(names)) == len(names) == 8
+    assert all(len(name) < 200 for name in names)
+    assert "pairs.phi-0.5-epochs-s0" in names
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        "train.learning_rate=1e-5,1e-4",
+        "train.steps_per_round=2,4",
+        "seed=1,2",
+        "traces_seed=1,2",
+        "evaluate.limit=10,20",
+        "evaluate={test: true},{limit: 5}",
+        "name=a,b",
+    ],
+)
+def test_what_a_comparison_decides_itself_cannot_be_swept(sweep: str) -> None:
+    with pytest.raises(ConfigError, match="compare leaves alone"):
+        designed(sweep)
+
+
+def test_a_setting_is_swept_once() -> None:
+    with pytest.raises(ConfigError, match=r"pairs\.traces twice"):
+        designed("K=1,2", "pairs.traces=2,4")
