@@ -173,6 +173,8 @@ def test_matched_negatives_are_as_many_of_one_as_of_the_other(tmp_path: Path) ->
         (("--learning-rates", "fast"), "--learning-rates"),
         (("--budgets", "euros"), "--budgets"),
         (("problems.validation=null",), "expected validation problems"),
+        (("problems.validation=dev",), "no split 'dev' in the task"),
+        (("--sweep", "train.learning_rate=1e-4,1e-3"), "--learning-rates"),
     ],
 )
 def test_mistakes_are_one_message(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -180,3 +182,43 @@ def test_mistakes_are_one_message(tmp_path: Path, arguments: tuple[str, ...], me
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_without_validation_problems_nothing_is_trained(tmp_path: Path) -> None:
+    """The default split is skipped where the task has none; learning rates cannot be chosen then."""
+    path = experiment(tmp_path)
+    (tmp_path / "data" / "validation.jsonl").unlink()
+    done = cli("compare", path, "--methods", "orpo-off")
+    assert done.returncode == 2, done.stderr
+    assert "no split 'validation' in the task" in done.stderr
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_an_initial_student_that_cannot_be_measured_is_left_out(tmp_path: Path) -> None:
+    path = experiment(tmp_path, evaluate={"test": False})
+    student = tmp_path / "student.jsonl"
+    student.write_text("".join(student.read_text().splitlines(keepends=True)[:12]))  # train problems alone
+    done = cli("compare", path, "--methods", "zero-shot")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "runs" / "demo-compare" / "compare.json").read_bytes())
+    assert content["cells"] == []
+    assert any("zero-shot" in note and "no scripted reply" in note for note in content["notes"])
+
+
+def test_test_problems_are_measured_whatever_the_config_says(tmp_path: Path) -> None:
+    done = cli("compare", experiment(tmp_path, evaluate={"test": False}), "--methods", "zero-shot")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "runs" / "demo-compare" / "compare.json").read_bytes())
+    assert [(cell["method"], cell["n"]) for cell in content["cells"]] == [("zero-shot", 4)]
+
+
+def test_a_deletion_that_is_broken_off_leaves_no_part_of_a_checkpoint(tmp_path: Path) -> None:
+    from orpo_distill.compare.running import DELETED, _delete_whole
+
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "optimizer.pt").write_bytes(b"1")
+    (tmp_path / DELETED).mkdir()  # the rest of another one
+    (tmp_path / DELETED / "optimizer.pt").write_bytes(b"0")
+    _delete_whole(checkpoint)
+    assert list(tmp_path.iterdir()) == []

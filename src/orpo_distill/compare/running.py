@@ -29,6 +29,7 @@ from orpo_distill.records import write_text
 from orpo_distill.runs import SHARED, RunFolder, disk_errors_explained, read_manifest
 
 REFERENCE = "orpo-off"  # equal tokens are its tokens; without it those of the method that trains on most
+DELETED = "deleted"  # a checkpoint's name while it is deleted
 CLOSE = 0.05  # a method whose tokens are this close to those needs no other run
 
 
@@ -41,17 +42,33 @@ def compare(design: Design, jobs: int = 1, command: str = "") -> Path:
     """
     folder = RunFolder(design.folder)
     with disk_errors_explained(folder.path), folder.lock():
+        _require_validation(design)
         (folder.path / SHARED).mkdir(exist_ok=True)
         runner = Runner(design, jobs)
         searches = [search for block in design.blocks for search in _search(runner, block)]
         rates = {(search.block.name, search.method): search.rate for search in searches if search.chosen}
         baselines = [design.baseline(block) for block in design.blocks]
         runner(baselines)
-        cells = baselines + [cell for block in design.blocks for cell in _with_budgets(runner, block, rates)]
+        cells = [cell for cell in baselines if not runner.failed(cell)]
+        cells += [cell for block in design.blocks for cell in _with_budgets(runner, block, rates)]
         content = write_comparison(design, searches, [Result(cell) for cell in cells], runner.impossible, command)
         write_text(folder.path / "compare.md", render_markdown(content))
         write_text(folder.path / "report.html", comparison_page(content))
     return folder.path
+
+
+def _require_validation(design: Design) -> None:
+    """Raise ConfigError where learning rates are to be chosen and there is nothing to choose them on."""
+    for block in design.blocks:
+        if len(design.rates_of(block)) == 1 or not design.trained_methods():
+            continue
+        split = block.config.problems.validation
+        if split is None or split not in block.config.task.splits():
+            found = "problems.validation: null" if split is None else f"no split {split!r} in the task"
+            raise ConfigError(
+                f"expected validation problems to choose learning rates on, found {found} ({block.config.name}); name "
+                "a split in problems.validation, or give one rate with --learning-rates"
+            )
 
 
 def _search(runner: Runner, block: Block) -> list[Search]:
@@ -60,11 +77,6 @@ def _search(runner: Runner, block: Block) -> list[Search]:
     rates, methods = design.rates_of(block), design.trained_methods()
     if len(rates) == 1:
         return [Search(block, method, rates[0], chosen=True) for method in methods]
-    if block.config.problems.validation is None:
-        raise ConfigError(
-            "expected validation problems to choose learning rates on, found problems.validation: null; "
-            "name a split, or give one rate with --learning-rates"
-        )
     cells = {(method, rate): design.searching(block, method, rate) for method in methods for rate in rates}
     runner(list(cells.values()))
     found = []
@@ -146,9 +158,20 @@ def _free(design: Design) -> None:
     """Delete optimizer states that no later seed can need, unless a config keeps all."""
     if any(block.config.train.keep == "all" for block in design.blocks):
         return
-    for checkpoint in (design.folder / SHARED).glob("*/checkpoint"):
+    shared = design.folder / SHARED
+    for checkpoint in shared.glob("*/checkpoint"):
         if (checkpoint.parent / "manifest.json").exists():
-            shutil.rmtree(checkpoint)
+            _delete_whole(checkpoint)
+    for rest in shared.glob(f"*/{DELETED}"):  # of a deletion that was broken off
+        shutil.rmtree(rest)
+
+
+def _delete_whole(checkpoint: Path) -> None:
+    """Delete a checkpoint so that a kill never leaves a part of it behind under its name."""
+    rest = checkpoint.with_name(DELETED)
+    shutil.rmtree(rest, ignore_errors=True)
+    checkpoint.rename(rest)
+    shutil.rmtree(rest)
 
 
 class Runner:
