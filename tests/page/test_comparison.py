@@ -83,9 +83,9 @@ def test_every_seed_and_the_mean_stand_in_the_table() -> None:
     row = seen.row("orpo-mixed", "epochs")
     assert row[2:5] == ["75.0% (68.0% to 82.0%)", "80.0% (73.0% to 87.0%)", "77.5%"]
     assert seen.row("orpo-on", "epochs")[3] == "–"
-    assert seen.row("orpo-off", "toy", "tiny", "0", "80.0%, chosen", "40.0%")
+    assert seen.row("orpo-off", "toy, tiny", "0", "80.0%, chosen", "40.0%")
     assert seen.row("pairs.phi")[-1] == "0.004"
-    assert seen.row("orpo-mixed", "epochs", "2", "0.001", "500", "5,000", "60 s")
+    assert seen.row("orpo-mixed", "toy, tiny, epochs", "2", "0.001", "500", "5,000", "60 s")
 
 
 def test_only_what_the_corrected_test_carries_is_called_a_difference() -> None:
@@ -144,3 +144,27 @@ def test_another_format_is_one_message(spoil: dict) -> None:
 
 def test_the_page_is_a_function_of_its_content() -> None:
     assert comparison_page(CONTENT) == comparison_page(copy.deepcopy(CONTENT))
+
+
+def test_configs_with_the_same_task_and_student_stand_apart() -> None:
+    """Two configs that differ in something else: neither their means nor their learning rates are mixed."""
+    content = copy.deepcopy(CONTENT)
+    for rows in (content["cells"], content["search"], content["contrasts"], content["trends"]):
+        for row in rows:
+            row["block"] = "first"
+        rows += [{**copy.deepcopy(row), "block": "second"} for row in rows]
+    for row in content["cells"]:
+        if row["block"] == "second":
+            row["accuracy"] = 0.1
+    for row in content["search"]:
+        if row["block"] == "second":
+            row["correct"], row["chosen"] = 5, not row["chosen"]
+    seen = Seen(comparison_page(content))
+    text = seen.text
+    assert "Accuracy, first, toy, tiny" in text
+    assert "Accuracy, second, toy, tiny" in text
+    for mean in ("77.5%", "10.0%"):  # of mixed: 75% and 80%; of everything in the second
+        assert mean in text
+    assert "first, toy, tiny, epochs" in text
+    assert seen.row("orpo-off", "first, toy, tiny", "0", "80.0%, chosen", "40.0%")
+    assert seen.row("orpo-off", "second, toy, tiny", "0", "10.0%", "10.0%, chosen")

@@ -28,6 +28,7 @@ from orpo_distill.page.rendering import Page, render
 
 Row = Mapping[str, Any]
 LEVEL = 0.05
+WHERE = ("block", "task", "student")  # differences are taken inside one; several configs may have the same task
 FAMILIES = {"primary": "Primary contrasts, Holm-corrected", "exploratory": "Exploratory contrasts, not corrected"}
 
 
@@ -93,7 +94,7 @@ def _in_words(contrast: Row) -> str:
 
 
 def _place(row: Row) -> str:
-    return ", ".join(str(row[key]) for key in ("task", "student", "budget") if row.get(key) is not None)
+    return ", ".join(str(row[key]) for key in (*WHERE, "budget") if row.get(key) not in (None, ""))
 
 
 def _facts(cells: Sequence[Row]) -> list[tuple[str, str]]:
@@ -105,20 +106,25 @@ def _facts(cells: Sequence[Row]) -> list[tuple[str, str]]:
     return [(name, listed(key)) for key, name in names.items() if listed(key)]
 
 
-def _groups(cells: Sequence[Row]) -> list[tuple[Any, Any]]:
-    """Every (task, student), in the order they come."""
-    return list(dict.fromkeys((cell.get("task"), cell.get("student")) for cell in cells))
+def _where(row: Row) -> tuple[Any, ...]:
+    """Config, task and student."""
+    return tuple(row.get(key) for key in WHERE)
+
+
+def _groups(cells: Sequence[Row]) -> list[tuple[Any, ...]]:
+    """Every (config, task, student), in the order they come."""
+    return list(dict.fromkeys(_where(cell) for cell in cells))
 
 
 def _results(cells: Sequence[Row]) -> list[Block]:
-    """For every task and student: a row a method and budget, every seed, the mean over seeds."""
+    """For every config, task and student: a row a method and budget, every seed, the mean over seeds."""
     if not cells:
         return [Text("No cell has been measured yet.", "note")]
     blocks: list[Block] = []
     seeds = sorted({cell["seed"] for cell in cells if cell.get("seed") is not None})
-    for place, (task, student) in enumerate(_groups(cells)):
-        own = [cell for cell in cells if (cell.get("task"), cell.get("student")) == (task, student)]
-        name = ", ".join(str(value) for value in (task, student) if value is not None)
+    for place, group in enumerate(_groups(cells)):
+        own = [cell for cell in cells if _where(cell) == group]
+        name = ", ".join(str(value) for value in group if value not in (None, ""))
         keys = list(dict.fromkeys((cell["method"], cell.get("budget")) for cell in own))
         rows = []
         for method, budget in keys:
@@ -315,18 +321,17 @@ def _search(search: Sequence[Row]) -> Section | None:
     if not search:
         return None
     rates = sorted({row["learning_rate"] for row in search})
-    keys = list(dict.fromkeys((row["method"], row.get("task"), row.get("student"), row.get("seed")) for row in search))
     rows = []
-    for key in keys:
-        own = {row["learning_rate"]: row for row in search if (*_key(row),) == key}
+    for key in dict.fromkeys(_key(row) for row in search):
+        own = {row["learning_rate"]: row for row in search if _key(row) == key}
         rows.append([*(number(part) for part in key), *(_tried(own.get(rate)) for rate in rates)])
-    columns = ["method", "task", "student", "seed", *(f"{rate:g}" for rate in rates)]
+    columns = ["method", "where", "seed", *(f"{rate:g}" for rate in rates)]
     note = "Accuracy on validation by learning rate, before test was read; chosen: the one that went on."
     return Section("search", "Learning rates", [Table("Learning rates on validation", columns, rows, note)])
 
 
 def _key(row: Row) -> tuple[Any, ...]:
-    return row["method"], row.get("task"), row.get("student"), row.get("seed")
+    return row["method"], _place({**row, "budget": None}), row.get("seed")
 
 
 def _tried(row: Row | None) -> str:
@@ -338,14 +343,15 @@ def _tried(row: Row | None) -> str:
 
 
 def _costs(cells: Sequence[Row]) -> Table:
-    keys = list(dict.fromkeys((cell["method"], cell.get("budget")) for cell in cells))
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for cell in cells:
+        groups.setdefault((str(cell["method"]), _place(cell)), []).append(cell)
     rows = []
-    for method, budget in keys:
-        own = [cell for cell in cells if (cell["method"], cell.get("budget")) == (method, budget)]
+    for (method, place), own in groups.items():
         rows.append(
             [
-                str(method),
-                number(budget),
+                method,
+                place,
                 count(len(own)),
                 number(_mean(own, "learning_rate")),
                 count(_mean(own, "trained_tokens")),
@@ -353,7 +359,7 @@ def _costs(cells: Sequence[Row]) -> Table:
                 duration(_mean(own, "seconds")),
             ]
         )
-    columns = ["method", "budget", "runs", "learning rate, mean", "trained tokens", "sampled tokens", "time"]
+    columns = ["method", "where", "runs", "learning rate, mean", "trained tokens", "sampled tokens", "time"]
     return Table("Cost, means of a run", columns, rows, "Stages that runs share count in each of them.")
 
 
