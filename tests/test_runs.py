@@ -237,6 +237,14 @@ def test_runs_beside_a_store_share_what_was_asked_for_the_same(tmp_path: Path) -
     assert go(one, stages(Count(), Count())) == go(other, stages(Count(), Count(letter="b"))) == []
 
 
+def test_a_run_that_is_called_shared_is_no_store(tmp_path: Path) -> None:
+    run, beside = RunFolder(tmp_path / SHARED), RunFolder(tmp_path / "beside")
+    run.path.mkdir()
+    assert not run.shares
+    (run.path / "config.yaml").write_text("name: shared")
+    assert not beside.shares
+
+
 def test_another_setting_is_another_shared_folder_and_nothing_is_stale(tmp_path: Path) -> None:
     (tmp_path / SHARED).mkdir()
     run = RunFolder(tmp_path / "one")

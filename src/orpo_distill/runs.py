@@ -83,8 +83,8 @@ class RunFolder:
 
     @property
     def shares(self) -> bool:
-        """Whether the run shares stages with the runs beside it."""
-        return self._shared.is_dir()
+        """Whether the run shares stages with the runs beside it. A run that is called `shared` is no store."""
+        return self._shared.is_dir() and not (self.path == self._shared or (self._shared / "config.yaml").exists())
 
     def link(self, stage: str, asked: Asked) -> None:
         """Let a stage's folder be a link to the shared one that was asked for the same, or to a new one."""

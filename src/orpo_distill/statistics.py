@@ -184,8 +184,8 @@ def slope_weights(values: Sequence[float]) -> list[Fraction]:
     exact = [Fraction(value) for value in values]
     if len(set(exact)) < 2:
         raise ValueError(f"expected two different values, found {list(values)}")
-    centre = sum(exact) / len(exact)
-    spread = sum((value - centre) ** 2 for value in exact)
+    centre = sum(exact, Fraction()) / len(exact)
+    spread = sum(((value - centre) ** 2 for value in exact), Fraction())
     return [(value - centre) / spread for value in exact]
 
 

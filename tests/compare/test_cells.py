@@ -47,3 +47,20 @@ def test_what_a_comparison_decides_itself_cannot_be_swept(sweep: str) -> None:
 def test_a_setting_is_swept_once() -> None:
     with pytest.raises(ConfigError, match=r"pairs\.traces twice"):
         designed("K=1,2", "pairs.traces=2,4")
+
+
+@pytest.mark.parametrize("name", ["shared", "..", "a/b", "-x", "é"])
+def test_a_comparison_has_a_plain_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match="--name"):
+        design_of([config()], Asked("orpo-off", name=name))
+
+
+def test_a_budget_holds_for_the_whole_comparison() -> None:
+    """Runs would each have an account of their own, and each could spend all of it."""
+    api = {"type": "openai", "base_url": "http://localhost/v1"}
+    design = design_of([config(teacher={"model": "big", "sampler": api})], Asked("orpo-off,orpo-on"))
+    block = design.blocks[0]
+    runs = [design.trained(block, method, seed, 1e-3, "epochs") for method in design.methods for seed in (0, 1)]
+    assert {run.config.teacher.sampler.account for run in runs} == {"demo-compare"}
+    named = design_of([config(teacher={"model": "big", "sampler": {**api, "account": "mine"}})], Asked("orpo-off"))
+    assert named.trained(named.blocks[0], "orpo-off", 0, 1e-3, "epochs").config.teacher.sampler.account == "mine"

@@ -16,7 +16,7 @@ from orpo_distill.component import type_name
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
 from orpo_distill.plan import plan, select
-from orpo_distill.runs import Stage, flat_options
+from orpo_distill.runs import SHARED, Stage, flat_options
 
 Budget = Literal["epochs", "tokens"]
 SEARCHED = "search"  # in the names of runs that only look for a learning rate
@@ -141,7 +141,16 @@ class Design:
     def _config(self, block: Block, config: Config, name: str, settings: Mapping[str, object]) -> Config:
         own = {"name": (f"{block.name}-" if block.name else "") + _file_name(name), "runs": str(self.folder)}
         controls = {"evaluate.test": True, "evaluate.sft": False, "evaluate.teacher": False}  # methods of their own
-        return overlaid(config, {**controls, **settings, **own})
+        return overlaid(config, {**controls, **settings, **own, **self._accounts(config)})
+
+    def _accounts(self, config: Config) -> dict[str, str]:
+        """One account for what all runs buy, so that a budget holds for the comparison and not for each run."""
+        samplers = {"teacher": config.teacher.sampler, "student": config.student.sampler}
+        return {
+            f"{role}.sampler.account": self.folder.name
+            for role, sampler in samplers.items()
+            if getattr(sampler, "account", None) == ""
+        }
 
 
 def _file_name(name: str) -> str:
@@ -177,7 +186,7 @@ def design_of(configs: Sequence[Config], asked: Asked) -> Design:
     sweeps = _sweeps(asked.sweeps)
     if not methods and not sweeps:
         raise ConfigError("expected methods or a sweep to compare, found none; see --methods and --sweep")
-    name = asked.name or f"{configs[0].name}-compare"
+    name = _folder_name(asked.name or f"{configs[0].name}-compare")
     design = Design(
         blocks=_blocks(configs),
         folder=configs[0].runs / name,
@@ -192,6 +201,15 @@ def design_of(configs: Sequence[Config], asked: Asked) -> Design:
         for method in design.trained_methods():
             design.trained(block, method, block.config.seed, block.config.train.learning_rate, "epochs")
     return design
+
+
+def _folder_name(name: str) -> str:
+    if name == SHARED or name != _file_name(name) or name.startswith((".", "-")):
+        raise ConfigError(
+            f"expected a --name of at most {LONGEST_NAME} letters, digits, dots, - and _, other than {SHARED!r}, found "
+            f"{name!r}"
+        )
+    return name
 
 
 def _sweeps(texts: Sequence[str]) -> tuple[Sweep, ...]:
