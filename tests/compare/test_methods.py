@@ -47,6 +47,13 @@ def test_likelihood_is_measured_as_the_configs_objective_does() -> None:
     assert configured(config(objective="sft"), "orpo-off").objective == Orpo()
 
 
+def test_what_a_method_is_does_not_follow_the_config() -> None:
+    base = config(pairs={"negatives_from": "teacher", "matched": True, "phi": 0})
+    for method in ("orpo-zero", "orpo-off", "orpo-mixed", "orpo-on"):
+        pairs = configured(base, method).pairs
+        assert (pairs.negatives_from, pairs.matched) == ("student", False)
+
+
 def test_the_teachers_negatives_bring_their_counterpart() -> None:
     assert parse_methods("orpo-teacher-negatives", [config()]) == ["orpo-teacher-negatives", "orpo-student-negatives"]
     named = parse_methods(",".join(DEFAULT), [config()])

@@ -19,6 +19,7 @@ from orpo_distill.errors import ConfigError
 from orpo_distill.objectives import Objective
 
 ORPO = {"objective": "orpo"}
+AGAINST_STUDENT = {**ORPO, "pairs.negatives_from": "student", "pairs.matched": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "orpo-zero": Method(
         "the rows and the order of orpo-off, the odds-ratio term weighing nothing",
-        {**ORPO, "objective.weight": 0.0, "pairs.phi": 0.0},
+        {**AGAINST_STUDENT, "objective.weight": 0.0, "pairs.phi": 0.0},
     ),
     "orpo-teacher-negatives": Method(
         "ORPO against the teacher's wrong traces, where student and teacher have some, as many of one as of the other",
@@ -51,15 +52,19 @@ METHODS: Mapping[str, Method] = {
         "ORPO against the initial student's wrong traces, on the problems of orpo-teacher-negatives",
         {**ORPO, "pairs.phi": 0.0, "pairs.negatives_from": "student", "pairs.matched": True},
     ),
-    "orpo-off": Method("ORPO against the initial student's wrong traces (phi 0)", {**ORPO, "pairs.phi": 0.0}),
-    "orpo-mixed": Method("ORPO with part of the wrong traces from the latest student (phi of the config)", ORPO),
+    "orpo-off": Method(
+        "ORPO against the initial student's wrong traces (phi 0)", {**AGAINST_STUDENT, "pairs.phi": 0.0}
+    ),
+    "orpo-mixed": Method(
+        "ORPO with part of the wrong traces from the latest student (phi of the config)", AGAINST_STUDENT
+    ),
     "orpo-on": Method(
         "ORPO against the latest student's wrong traces only (phi 1)",
-        {**ORPO, "pairs.phi": 1.0, "pairs.on_empty": "skip"},
+        {**AGAINST_STUDENT, "pairs.phi": 1.0, "pairs.on_empty": "skip"},
     ),
     "orpo-adaptive": Method(
         "ORPO with a phi that follows the yield of the latest student's wrong traces (from round 3 on)",
-        {**ORPO, "pairs.phi": "adaptive"},
+        {**AGAINST_STUDENT, "pairs.phi": "adaptive"},
     ),
 }
 EXTRA = ("orpo-student-negatives", "orpo-adaptive")  # comes with another; an idea of ours
