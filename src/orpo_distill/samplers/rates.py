@@ -54,6 +54,11 @@ class Limiter:
         """Seconds of pauses so far, the present one to its end."""
         return self._paused
 
+    @property
+    def pausing(self) -> float:
+        """Seconds that are left of a pause."""
+        return max(0.0, self._pause_until - monotonic())
+
     def ease(self) -> None:
         """Take note of a success."""
         self._gap = self._gap * EASE if self._gap > FIRST_GAP / 4 else 0.0
