@@ -534,9 +534,9 @@ def test_an_error_in_a_good_reply_costs_nothing_and_is_tried_again(ledger: Path,
 
 
 def test_a_server_that_answers_nothing_but_such_errors_is_named(ledger: Path) -> None:
-    with faulty_server(fault_rate=1, faults=["declined"]) as server:
-        with pytest.raises(ModelError, match="no success for . s, the last: HTTP 200 with an error: Provider returned"):
-            buy(server, ledger, prompts(questions(3)), patience=1)
+    words = r"no success for . s, the last: HTTP 200 with an error: Provider returned"
+    with faulty_server(fault_rate=1, faults=["declined"]) as server, pytest.raises(ModelError, match=words):
+        buy(server, ledger, prompts(questions(3)), patience=1)
     with Ledger(ledger) as opened:
         assert opened.spent("run").calls == 0
 
@@ -593,14 +593,10 @@ def test_amounts_are_written_without_powers_of_ten(number: float, words: str) ->
 
 def test_a_budget_that_ends_says_how_many_samples_are_missing(ledger: Path) -> None:
     with faulty_server() as server:
-        with pytest.raises(
-            RunError, match=r"expected the 6 missing samples within the budget of 4 calls, found 4 spent"
-        ):
+        with pytest.raises(RunError, match=r"expected the 6 missing samples within the budget of 4 calls, found 4"):
             buy(server, ledger, prompts(questions(10)), budget={"calls": 4}, concurrency=2)
         price = Price(prompt=1, completion=1)
-        with pytest.raises(
-            RunError, match=r"within the budget of 0\.000001 money, found 0 spent or under way and up to 0"
-        ):
+        with pytest.raises(RunError, match=r"within the budget of 0\.000001 money, found 0 spent or under way and up"):
             buy(server, ledger, prompts(["x"]), price=price, budget={"money": 1e-6}, account="b")
 
 
