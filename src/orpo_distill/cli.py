@@ -75,14 +75,15 @@ def check(
     ledger: LedgerPath = None,
 ) -> None:
     """Find every error of a config, then print the plan with its sizes and the bill to expect. Loads no model."""
-    from orpo_distill.preview import missing_variables, plan_table, rendered
+    from orpo_distill.preview import plan_table, rendered
 
     settings = load_config(config, _with_ledger(overrides, ledger))
-    _print_table(plan_table(settings))
+    table, missing = plan_table(settings)
+    _print_table(table)
     _print_bill(settings)
     if show:
         print(rendered(settings, show))
-    if missing := missing_variables(settings):
+    if missing:
         sys.stdout.flush()
         raise ConfigError(missing)
 

@@ -40,26 +40,15 @@ class Counts:
     dropped: str = ""  # in words
 
 
-def plan_table(config: Config) -> Table:
+def plan_table(config: Config) -> tuple[Table, list[str]]:
     """Stages with their sizes. Loads a local data set, but no model. Raises ConfigError with every problem found.
 
-    Keys that the environment lacks are no such problem: see `missing_variables`.
+    Variables that the environment lacks, such as keys, are no such problem: they come behind the table, in words.
     """
-    counts = _checked_counts(config)
-    return [("stage", "size"), *((stage.name, _size(stage, config, counts)) for stage in plan(config))]
-
-
-def missing_variables(config: Config) -> list[str]:
-    """What is wrong with the environment: variables that are not set."""
-    found = []
-    for sampler in (config.teacher.sampler, config.student.sampler):
-        try:
-            sampler.check()
-        except MissingVariable as error:
-            found.append(str(error))
-        except OrpoDistillError:
-            continue  # plan_table names it
-    return list(dict.fromkeys(found))
+    missing: list[str] = []
+    counts = _checked_counts(config, missing)
+    table: Table = [("stage", "size"), *((stage.name, _size(stage, config, counts)) for stage in plan(config))]
+    return table, list(dict.fromkeys(missing))
 
 
 def rendered(config: Config, count: int) -> str:
@@ -97,13 +86,14 @@ def _training_row(config: Config, problem: Problem, tokenizer: PreTrainedTokeniz
     ]
 
 
-def _checked_counts(config: Config) -> Counts:
+def _checked_counts(config: Config, missing: list[str]) -> Counts:
     problems: list[str] = []
 
     def attempt(check: Callable[[A], T], argument: A, where: str) -> T | None:
         try:
             return check(argument)
-        except MissingVariable:
+        except MissingVariable as error:
+            missing.append(str(error))
             return None
         except OrpoDistillError as error:
             problems.append(str(error) if str(error).startswith(where) else f"{where}: {error}")

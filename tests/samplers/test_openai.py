@@ -521,7 +521,7 @@ def test_prompts_that_break_the_server_are_given_up_in_the_end(ledger: Path) -> 
 @pytest.mark.parametrize("fault", ["declined", "declined:status"])
 def test_an_error_in_a_good_reply_costs_nothing_and_is_tried_again(ledger: Path, fault: str) -> None:
     with faulty_server(fault_rate=0.4, faults=[fault]) as server:
-        texts(buy(server, ledger, prompts(questions(30)), price=Price(prompt=1, completion=1)))
+        texts(buy(server, ledger, prompts(questions(30)), retries=30))
         stats = server.stats()
     assert stats["true"]["choices"] == 30 and stats["faults"][fault] > 5
     assert rows(ledger, "SELECT state, count(*), sum(again) FROM attempts GROUP BY state") == [
@@ -604,17 +604,18 @@ def test_a_budget_that_ends_says_how_many_samples_are_missing(ledger: Path) -> N
 
 
 def test_a_stop_while_an_attempt_is_being_recorded_sends_nothing_and_leaves_nothing_open(ledger: Path) -> None:
-    """Another process holds the ledger's lock when the attempts are to be recorded, until after the stop."""
+    """The first request leaves at once, the second 2 seconds later: then another process holds the ledger's lock."""
     with faulty_server() as server, ThreadPoolExecutor(1) as pool:
-        sampler = OpenAI(base_url=server.base_url, ledger=ledger, account="run")
+        sampler = OpenAI(base_url=server.base_url, ledger=ledger, account="run", requests_per_minute=30, n=False)
         with sampler.open("faulty") as generate, closing(sqlite3.connect(ledger, isolation_level=None)) as writer:
-            writer.execute("BEGIN IMMEDIATE")
             buying = pool.submit(lambda: list(generate(prompts(questions(8)), SHORT)))
             time.sleep(1)
-            assert isinstance(generate, Purchase)
-            generate._buyer.stop()  # type: ignore[union-attr]
+            writer.execute("BEGIN IMMEDIATE")
+            time.sleep(1.7)
+            assert isinstance(generate, Purchase) and generate._buyer
+            generate._buyer.stop()
             time.sleep(0.5)
             writer.execute("ROLLBACK")
-            assert buying.result(timeout=30) == []
-        assert server.stats()["requests"] == 0
-    assert rows(ledger, "SELECT count(*) FROM attempts WHERE state != 'void'") == [(0,)]
+            assert len(buying.result(timeout=30)) == 1
+        assert server.stats()["requests"] == 1
+    assert rows(ledger, "SELECT state FROM attempts WHERE state != 'void'") == [("settled",)]

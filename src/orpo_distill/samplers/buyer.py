@@ -45,15 +45,15 @@ class Purchase:
     def __init__(self, options: OpenAI, model: str, ledger: Ledger) -> None:
         self._options, self._model, self._ledger = options, model, ledger
         self._buyer: Buyer | None = None
-        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
 
     def __call__(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Completion]:
         """Completions as they are there: first what the ledger holds. Raises OrpoDistillError when it has to stop."""
         found: queue.SimpleQueue[Completion | BaseException | None] = queue.SimpleQueue()
         wanted = list(requests)
         self._buyer = Buyer(self._options, self._model, self._ledger, decoding, found)
-        self._thread = threading.Thread(target=_run, args=(self._buyer, wanted, found), name="openai")
-        self._thread.start()
+        self._ended.clear()
+        threading.Thread(target=_run, args=(self._buyer, wanted, found, self._ended), name="openai").start()
         while (item := found.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
@@ -68,15 +68,15 @@ class Purchase:
 
         Another signal meanwhile gives that up.
         """
-        if self._buyer is None or self._thread is None:
+        if self._buyer is None:
             return
         self._buyer.stop()
         interrupted: Interrupted | None = None
-        if self._thread.is_alive() and (count := self._buyer.open):
+        if not self._ended.is_set() and (count := self._buyer.open):
             say(f"  waiting up to {GRACE:.0f} s for {count} replies under way (another Ctrl-C gives them up)")
-        while self._thread.is_alive():
+        while not self._ended.is_set():
             try:
-                self._thread.join()
+                self._ended.wait()  # not the thread's own `join`, which takes it for ended once it is interrupted
             except Interrupted as error:
                 if interrupted is None and (count := self._buyer.open):
                     say(f"  {count} replies under way are given up: they may be paid for, and count as unknown")
@@ -86,7 +86,7 @@ class Purchase:
             raise interrupted
 
 
-def _run(buyer: Buyer, requests: Sequence[Request], found: queue.SimpleQueue[Any]) -> None:
+def _run(buyer: Buyer, requests: Sequence[Request], found: queue.SimpleQueue[Any], ended: threading.Event) -> None:
     import uvloop
 
     try:
@@ -96,6 +96,8 @@ def _run(buyer: Buyer, requests: Sequence[Request], found: queue.SimpleQueue[Any
         found.put(error)
     else:
         found.put(None)
+    finally:
+        ended.set()
 
 
 @contextmanager
@@ -167,6 +169,8 @@ class Buyer:
             watching.cancel()
         if self._refused and not self._tally.calls and not self._tally.delivered:
             self._halt(self._options.unusable(f"every request was refused, the last with {self._last_refusal}"))
+        if isinstance(self._why, BudgetReached):  # now it is known what is missing
+            raise self._options.over_budget(self._why, self._missing)
         if self._why:
             raise self._why
 
@@ -242,7 +246,7 @@ class Buyer:
                 break
             except BudgetReached as error:
                 if not self.open:
-                    self._halt(self._options.over_budget(error, self._missing))
+                    self._halt(error)
                 await asyncio.sleep(LOOK)  # what is under way counts at its maximum until it is settled
             except OrpoDistillError as error:
                 self._halt(error)
