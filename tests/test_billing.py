@@ -85,9 +85,10 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("Dear diary, " * 400)
     with pytest.raises(RunError, match=r"not a database; this is no ledger .*: name another file \(--ledger PATH"):
         ledger_table(tmp_path / "text")
-    assert nothing_bought(filled(tmp_path)) is None
+    path = filled(tmp_path)
+    assert nothing_bought(path) is None
     with pytest.raises(ConfigError, match=r"expected a file that ends in \.jsonl or \.parquet, found"):
-        export_ledger(filled(tmp_path), tmp_path / "out.csv", "samples")
+        export_ledger(path, tmp_path / "out.csv", "samples")
     assert not (tmp_path / "nothing").exists()
 
 
@@ -191,12 +192,12 @@ def test_several_samples_a_call_a_tokenizer_and_batches_are_cheaper(tmp_path: Pa
 
 
 def test_traces_measure_and_what_is_bought_is_free(tmp_path: Path) -> None:
-    """Lengths of 10 and 20 tokens: mean 15, standard error 5, so 5.2 to 24.8 a sample."""
+    """Lengths of 10 and 20 tokens: mean 15, standard error 5, so 5.2 to 24.8 a sample, rounded up in sum."""
     config = experiment(tmp_path)
     (config.run_dir / "teacher").mkdir(parents=True)
     traces = (Trace(str(n), "p", "teacher", n, "text", completion_tokens=10 * n) for n in (1, 2))
     write_jsonl(config.run_dir / "teacher" / "traces.partial.jsonl", traces)
-    assert bill(config)["teacher: completion tokens"] == ("250 to 1190", "2400")
+    assert bill(config)["teacher: completion tokens"] == ("250 to 1191", "2400")
 
 
 def test_a_stage_that_is_finished_buys_nothing_more(tmp_path: Path) -> None:

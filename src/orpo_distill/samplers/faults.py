@@ -10,8 +10,11 @@ from typing import Any
 from orpo_distill.samplers.rates import asked_pause
 from orpo_distill.samplers.replies import Declined
 
-# The names that aiohttp and httpx have for a connection that was not made.
-NEVER_LEFT = ("ClientConnectorError", "ConnectionTimeoutError", "ConnectError", "ConnectTimeout")
+# What a connection that was not made is called by those who would have made it (httpx's names for it are not exact).
+NEVER_LEFT = (
+    *(("aiohttp", "ClientConnectorError"), ("aiohttp", "ConnectionTimeoutError")),
+    *(("httpcore", "ConnectError"), ("httpcore", "ConnectTimeout")),
+)
 PASSES = (408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)  # statuses that may heal
 PERHAPS_SERVED = (408, 502, 504, 520, 522, 524)  # a gateway gave up waiting: the server behind it may not have
 MOVED = (301, 302, 303, 307, 308)
@@ -57,7 +60,7 @@ def fault_of(error: Exception, secrets: Sequence[str]) -> Fault | None:
         causes: list[BaseException] = [error]  # the client translates twice, once wrongly: aiohttp's own error tells
         while (cause := causes[-1].__cause__) is not None:
             causes.append(cause)
-        unmade = [one for one in causes if any(kind.__name__ in NEVER_LEFT for kind in type(one).__mro__)]
+        unmade = [one for one in causes if any(_full_name(kind) in NEVER_LEFT for kind in type(one).__mro__)]
         found = (unmade or causes)[-1]
         nowhere = any(_is_of_names(one) for cause in causes for one in (cause, cause.__context__))
         why = f"{shown(str(found) or error.message, secrets)} ({type(found).__name__})"
@@ -76,6 +79,11 @@ def declined(error: Declined, secrets: Sequence[str]) -> Fault:
         fault = _of_status(error.status or 429, why, error.kinds, {})
     fault.paid |= error.billed
     return fault
+
+
+def _full_name(kind: type) -> tuple[str, str]:
+    """The package and the name of a class."""
+    return kind.__module__.partition(".")[0], kind.__name__
 
 
 def _is_of_names(error: BaseException | None) -> bool:

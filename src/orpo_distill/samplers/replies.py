@@ -59,11 +59,11 @@ def read_reply(content: bytes, samples: int, most_prompt: int, most_completion: 
     except (ValueError, RecursionError) as error:
         raise Malformed("expected JSON") from error
     choices = data.get("choices") if isinstance(data, dict) else None
-    if not choices and (error := _error(data)):
+    if not choices and (declined := _error(data)):
         said = data.get("usage")
         usage = _usage(said, most_prompt, range(samples * most_completion + 1))
         counts = (said.get("prompt_tokens"), said.get("completion_tokens")) if isinstance(said, dict) else ()
-        raise Declined(error, usage, billed=usage is None and any(counts))
+        raise Declined(declined, usage, billed=usage is None and any(counts))
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise Malformed("expected a list of choices")
     kept = [choice for choice in choices if _body(choice) is not None][:samples]
