@@ -13,6 +13,7 @@ from orpo_distill.errors import ModelError, RunError
 from orpo_distill.ledger import Asked, Ledger, Plan, Spent
 from orpo_distill.records import FinishReason, Message
 from orpo_distill.samplers import Completion, Decoding, Request
+from orpo_distill.samplers.batch_server import BatchServer
 from orpo_distill.samplers.openai import Budget, OpenAI, Price
 from tests.servers import FaultyServer, faulty_server
 
@@ -224,3 +225,14 @@ def test_a_host_that_nobody_knows_is_named_soon(tmp_path: Path) -> None:
         buy(address, requests(1))
     assert time.monotonic() - began < 40
     assert set(column(tmp_path, "SELECT state FROM attempts")) == {"void"}
+
+
+def test_a_connection_that_was_never_made_costs_nothing(tmp_path: Path) -> None:
+    """Also when the batch was to be made: nobody has to look for it then."""
+    address = OpenAI(base_url="http://127.0.0.1:9/v1", ledger=tmp_path / "ledger.sqlite", batch=True, patience=1)
+    with pytest.raises(ModelError, match=r"127\.0\.0\.1:9/v1 to take a batch, found: .*Connection refused"):
+        buy(address, requests(1))
+    assert set(column(tmp_path, "SELECT state FROM attempts")) == {"void"}
+    server = BatchServer(address)
+    with pytest.raises(ModelError):
+        server._ask(lambda: server._client.batches.list(limit=1), again=False)

@@ -82,8 +82,8 @@ def declined(error: Declined, secrets: Sequence[str]) -> Fault:
 
 
 def _full_name(kind: type) -> tuple[str, str]:
-    """The package and the name of a class."""
-    return kind.__module__.partition(".")[0], kind.__name__
+    """The package and the name of a class; httpcore2 goes on from httpcore."""
+    return kind.__module__.partition(".")[0].rstrip("2"), kind.__name__
 
 
 def _is_of_names(error: BaseException | None) -> bool:
