@@ -223,6 +223,8 @@ def test_lora_round_trip(student: Path, pairs: Path, tmp_path: Path, checkpointi
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 @pytest.mark.parametrize("architecture", ["gpt_neox", "mixtral"])
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "embed_out", "q_proj", "query_key_value"]])
 def test_adapters_of_models_whose_files_rename_weights_go_on_bit_for_bit(
