@@ -96,6 +96,28 @@ def test_who_is_in_a_hurry_writes_it_down_and_the_next_one_takes_it_in(
         assert take_in(ledger) == 0 and not waiting(tmp_path / "ledger")
 
 
+def test_what_was_given_up_stays_written_down_whatever_can_be_saved_later(tmp_path: Path) -> None:
+    """Two replies are given up one after the other; then the lock goes, and a third is saved."""
+
+    async def settle(ledger: Ledger, writer: sqlite3.Connection) -> None:
+        commit = Commits(ledger)
+        commit.hurry.set()
+        for attempt in attempts[:2]:
+            with pytest.raises(RunError, match="locked"):
+                await commit.settle(reply(attempt), PLAN.asked.key)
+        writer.execute("ROLLBACK")
+        await commit.settle(reply(attempts[2]), PLAN.asked.key)
+        await commit.close()
+
+    with Ledger(tmp_path / "ledger", patience=0.1) as ledger:
+        attempts = [begun(ledger, index) for index in range(3)]
+        with locked(tmp_path / "ledger") as writer:
+            asyncio.run(settle(ledger, writer))
+        assert ledger.samples(PLAN.asked.key).keys() == {2}
+        assert take_in(ledger) == 2
+        assert ledger.samples(PLAN.asked.key).keys() == {0, 1, 2}
+
+
 def test_what_was_written_down_for_another_file_is_nobodys_reply(tmp_path: Path) -> None:
     """The ledger was deleted, and attempt 1 of the new one is another."""
     with Ledger(tmp_path / "ledger") as ledger:

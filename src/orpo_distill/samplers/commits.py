@@ -45,6 +45,7 @@ class Commits:
         self._waiting: list[_Work] = []
         self._flushing: asyncio.Task[None] | None = None
         self._written: Path | None = None  # where replies that cannot be saved stand
+        self._left: list[Settlement] = []  # those of them that nobody tries to save any more
         self._said = NEVER  # when the user was last told
         self._closing = False
         self.hurry = threading.Event()  # once it is set (from any thread), nothing waits for the ledger any more
@@ -110,13 +111,12 @@ class Commits:
     async def _wait(self, error: LedgerTrouble, replies: Sequence[Settlement]) -> bool:
         """Wait until it is time to try again; False where that is no use, or nobody wants to wait any more."""
         if replies:
-            old, self._written = self._written, write_down(replies, self._ledger.path, self._ledger.session)
-            if old and old != self._written:
-                old.unlink(missing_ok=True)
+            self._write_down([*self._left, *replies])
         elif not error.busy:
             return False
         if self.hurry.is_set() or (self._closing and (self._written or not replies)):
             if replies:
+                self._left += replies
                 say(f"  {len(replies)} replies that were paid for could not be saved ({error}); {self._fate()}")
             return False
         if monotonic() - self._said > SAID_EVERY:
@@ -128,6 +128,11 @@ class Commits:
             await asyncio.sleep(LOOK)
         return True
 
+    def _write_down(self, replies: Sequence[Settlement]) -> None:
+        old, self._written = self._written, write_down(replies, self._ledger.path, self._ledger.session)
+        if old and self._written and old != self._written:
+            old.unlink(missing_ok=True)
+
     def _fate(self) -> str:
         """What has become of replies that are given up."""
         if self._written is None:
@@ -137,7 +142,9 @@ class Commits:
         return f"they stand in {self._written}, and the next run takes them in{moved}"
 
     def _relieved(self) -> None:
-        """Everything is saved."""
+        """Everything is saved that is still to be saved here."""
+        if self._left:
+            return
         if self._written is not None:
             self._written.unlink(missing_ok=True)
             self._written = None
