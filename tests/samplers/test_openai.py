@@ -393,7 +393,7 @@ def test_a_dead_server_is_waited_for_and_then_named(ledger: Path) -> None:
 
 def test_a_server_that_dies_and_comes_back_is_waited_for(ledger: Path) -> None:
     port, asked = free_port(), prompts(questions(100))
-    options: dict[str, Any] = {"port": port, "latency": 0.1}
+    options: dict[str, Any] = {"port": port, "latency": 0.1, "jitter": 0.3}  # so that some are under way at any time
     with ThreadPoolExecutor(1) as pool:
         with faulty_server(**options) as server:
             buying = pool.submit(buy, server.base_url, ledger, asked, concurrency=4)
