@@ -84,7 +84,8 @@ class Limiter:
 
     def _gap_at(self, now: float) -> float:
         """Seconds between requests; pauses do not shorten it."""
-        return self._gap * 0.5 ** (max(0.0, now - self._gap_since) / HALF_LIFE)
+        halvings = max(0.0, now - self._gap_since) / HALF_LIFE
+        return self._gap * float(0.5**halvings)
 
 
 class _Flow:
