@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import itertools
 from math import isclose
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo_distill.diversity import diverse, rouge_l_f1
+from orpo_distill.diversity import diverse, mean_rouge_l, rouge_l_f1
 
 words = st.lists(st.sampled_from(["so", "Two", "and", "three", "5", "ÄPFEL", "äpfel"]), max_size=12)
 texts = words.map(lambda found: ", ".join(found))
@@ -44,6 +45,21 @@ def test_f1_of_the_papers_sentences() -> None:
     """
     assert rouge_l_f1("police killed the gunman", "Police kill the gunman.") == 0.75
     assert rouge_l_f1("police killed the gunman", "the gunman kill police") == 0.5
+
+
+def test_the_mean_over_all_pairs() -> None:
+    """Lin's three sentences: 0.75 and 0.5 with the first; S2 and S3 share "the gunman", 2 * 2 / 8."""
+    sentences = ["police killed the gunman", "Police kill the gunman.", "the gunman kill police"]
+    assert mean_rouge_l(sentences) == pytest.approx((0.75 + 0.5 + 0.5) / 3)
+    assert mean_rouge_l(["...", "..."]) == 0.0
+    with pytest.raises(ValueError, match="two texts or more, found 1"):
+        mean_rouge_l(sentences[:1])
+
+
+@given(st.lists(texts, min_size=2, max_size=6))
+def test_the_mean_is_that_of_single_pairs(found: list[str]) -> None:
+    pairs = [rouge_l_f1(a, b) for a, b in itertools.combinations(found, 2)]
+    assert isclose(mean_rouge_l(found), sum(pairs) / len(pairs), abs_tol=1e-12)
 
 
 def test_f1_without_words_is_zero() -> None:

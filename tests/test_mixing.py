@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo_distill.mixing import LinearPhi, PhiUnit, latest_share, phi_of_round
+from orpo_distill.mixing import AdaptivePhi, LinearPhi, PhiUnit, adapted_phi, foreseen_phi, latest_share, phi_of_round
 
 shares = st.floats(0, 1)
 units = st.sampled_from(["trace", "problem", "round"])
@@ -35,6 +35,35 @@ def test_a_linear_schedule_starts_and_ends_where_it_says(start: float, end: floa
 def test_a_linear_schedule_is_linear() -> None:
     values = [phi_of_round(LinearPhi(start=0.0, end=1.0), number, 6) for number in range(2, 7)]
     assert values == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_an_adaptive_phi_is_known_for_two_rounds_and_foreseen_at_its_start() -> None:
+    phi = AdaptivePhi(adaptive="yield", start=0.4)
+    assert [phi_of_round(phi, number, 4) for number in (1, 2, 3, 4)] == [0.0, 0.4, None, None]
+    assert [foreseen_phi(phi, number, 4) for number in (1, 2, 3, 4)] == [0.0, 0.4, 0.4, 0.4]
+    assert [foreseen_phi((0.0, 0.1, 0.7), number, 3) for number in (1, 2, 3)] == [0.0, 0.1, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("latest", "initial", "phi"),
+    [
+        (0.3, 0.4, 0.375),  # 0.5 * 3 / 4
+        (0.6, 0.4, 0.75),
+        (0.9, 0.4, 1.0),  # 1.125 is too much
+        (0.0, 0.4, 0.0),
+        (0.3, 0.0, 0.7),  # nothing to compare with: as before
+        (None, None, 0.7),
+    ],
+)
+def test_phi_follows_what_the_latest_is_worth(latest: float | None, initial: float | None, phi: float) -> None:
+    assert adapted_phi(0.5, latest, initial, last=0.7) == pytest.approx(phi)
+
+
+@given(shares, shares, st.floats(0.01, 1), shares)
+def test_an_adapted_phi_is_a_share_and_grows_with_the_worth(a: float, b: float, initial: float, start: float) -> None:
+    low, high = (adapted_phi(start, worth, initial, last=0.0) for worth in sorted((a, b)))
+    assert 0 <= low <= high <= 1
+    assert adapted_phi(start, initial, initial, last=0.0) == start
 
 
 @given(units, st.integers(0, 2**40), st.integers(2, 9), st.text(), st.integers(1, 16))

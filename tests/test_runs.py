@@ -10,7 +10,7 @@ import pytest
 from orpo_distill.component import Options
 from orpo_distill.errors import RunError
 from orpo_distill.execution import execute, refuse_stale, state
-from orpo_distill.runs import Metrics, RunFolder, Stage
+from orpo_distill.runs import SHARED, Metrics, RunFolder, Stage
 
 
 class Count(Options):
@@ -225,3 +225,52 @@ def test_a_missing_output_is_one_message(folder: RunFolder) -> None:
 def test_a_second_process_gets_a_clear_error(folder: RunFolder) -> None:
     with folder.lock(), pytest.raises(RunError, match=r"in use by process \d+"), folder.lock():
         pass
+
+
+def test_runs_beside_a_store_share_what_was_asked_for_the_same(tmp_path: Path) -> None:
+    (tmp_path / SHARED).mkdir()
+    one, other = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "other")
+    assert go(one, stages(Count(), Count())) == ["first", "deep/second"]
+    assert go(other, stages(Count(), Count(letter="b"))) == ["deep/second"]
+    assert (one.of("first") / "text").samefile(other.of("first") / "text")
+    assert (other.of("deep/second") / "text").read_text() == "aabb"
+    assert go(one, stages(Count(), Count())) == go(other, stages(Count(), Count(letter="b"))) == []
+
+
+def test_another_setting_is_another_shared_folder_and_nothing_is_stale(tmp_path: Path) -> None:
+    (tmp_path / SHARED).mkdir()
+    run = RunFolder(tmp_path / "one")
+    go(run, stages(Count(), Count()))
+    assert go(run, stages(Count(letter="b"), Count())) == ["first", "deep/second"]
+    assert (run.of("deep/second") / "text").read_text() == "bbaa"
+    assert go(run, stages(Count(), Count())) == []  # the old one still stands
+    assert (run.of("deep/second") / "text").read_text() == "aaaa"
+
+
+def test_a_shared_stage_grows_for_all_and_a_lower_limit_gets_a_folder_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / SHARED).mkdir()
+    one, other = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "other")
+    for run in (one, other):
+        go(run, stages(Count(), Count()))
+    assert go(one, stages(Count(samples=3), Count())) == ["first", "deep/second"]
+    assert go(other, stages(Count(samples=3), Count())) == []
+    assert go(other, stages(Count(), Count())) == ["first"]  # what was made of it then is still there
+    assert (other.of("deep/second") / "text").read_text() == "aaaa"
+    assert (one.of("first") / "text").read_text() == "aaa"
+
+
+def test_a_redone_shared_stage_is_redone_for_all(tmp_path: Path) -> None:
+    (tmp_path / SHARED).mkdir()
+    one, other = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "other")
+    for run in (one, other):
+        go(run, stages(Count(), Count()))
+    assert go(one, stages(Count(), Count()), redo=["first"]) == ["first"]  # with the same bytes
+    assert go(other, stages(Count(), Count())) == []
+    assert (other.of("first") / "text").read_text() == "aa"
+
+
+def test_what_speaks_of_its_run_is_not_shared(tmp_path: Path) -> None:
+    (tmp_path / SHARED).mkdir()
+    plan = [Stage("report", "m:f", Count(), outputs=("text",), own=True)]
+    for name in ("one", "other"):
+        assert go(RunFolder(tmp_path / name), plan) == ["report"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import statistics
 from math import isclose
 
 import pytest
@@ -7,7 +8,17 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo_distill.statistics import majority_rate, mcnemar, paired_difference, wilson
+from orpo_distill.statistics import (
+    crossed_bootstrap,
+    estimate,
+    holm,
+    majority_rate,
+    mcnemar,
+    over_seeds,
+    paired_difference,
+    smallest_difference,
+    wilson,
+)
 
 counts = st.integers(0, 300)
 
@@ -103,3 +114,83 @@ def test_majority_rate() -> None:
     assert majority_rate(["A", "B", "A", "C"]) == 0.5
     with pytest.raises(ValueError, match="found none"):
         majority_rate([])
+
+
+def test_holm_by_hand() -> None:
+    """0.01, 0.04, 0.03 in order: 3 x 0.01; 2 x 0.03; then 0.04, raised to what came before."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_is_never_below_the_p_value_and_keeps_the_order(values: list[float]) -> None:
+    corrected = holm(values)
+    assert all(p <= q <= 1 for p, q in zip(values, corrected, strict=True))
+    assert [q for _, q in sorted(zip(values, corrected, strict=True))] == sorted(corrected)
+
+
+@given(st.lists(st.integers(-50, 50), min_size=2, max_size=4, unique=True))
+def test_few_seeds_equal_scipys_t_test(points: list[int]) -> None:
+    expected = scipy.stats.ttest_1samp(points, 0)
+    interval = expected.confidence_interval()
+    found = over_seeds(points)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=1e-9)
+    assert found.p == pytest.approx(expected.pvalue, abs=1e-9)
+    assert found.weak
+
+
+def test_seeds_that_agree_exactly_have_no_p_value() -> None:
+    found = estimate([[1, 0], [0, 1], [1, 0]])
+    assert (found.mean, found.low, found.high, found.p) == (0.5, 0.5, 0.5, None)
+
+
+def test_problems_alone_give_the_standard_error_of_a_mean() -> None:
+    """One seed: the bootstrap's interval is mean +- 1.96 s / sqrt(n) but for its noise."""
+    scores = [[1.0] * 120 + [-1.0] * 60 + [0.0] * 220]
+    found = crossed_bootstrap(scores)
+    error = 1.96 * statistics.pstdev(scores[0]) / 20
+    assert found.mean == pytest.approx(0.15)
+    assert (found.low, found.high) == pytest.approx((0.15 - error, 0.15 + error), abs=0.008)
+    assert found.weak
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    steady = [[1.0] * 60 + [-1.0] * 40] * 6
+    moody = [[1.0] * (60 + shift) + [-1.0] * (40 - shift) for shift in (-30, -20, -10, 10, 20, 30)]
+    one, other = crossed_bootstrap(steady), crossed_bootstrap(moody)
+    assert one.mean == pytest.approx(other.mean)
+    assert other.high - other.low > 1.3 * (one.high - one.low)
+
+
+def test_the_crossed_test_keeps_its_level() -> None:
+    """No difference, 8 seeds, 60 problems with effects of their own: about one p-value in twenty is below 0.05."""
+    import numpy
+
+    coin = numpy.random.default_rng(1)
+    below = 0
+    for _ in range(100):
+        problem, seed = coin.normal(0, 0.5, 60), coin.normal(0, 0.1, (8, 1))
+        scores = problem + seed + coin.normal(0, 0.5, (8, 60))
+        below += crossed_bootstrap(scores.tolist()).p < 0.05
+    assert below <= 12
+
+
+def test_a_smaller_difference_would_have_been_missed() -> None:
+    """By simulation: with the difference found, McNemar's test at that level rejects in about 80 of 100 samples."""
+    import numpy
+
+    n, discordance, alpha = 400, 0.2, 0.0125
+    difference = smallest_difference(n, discordance, alpha)
+    assert difference is not None
+    shares = [(discordance + difference) / 2, (discordance - difference) / 2, 1 - discordance]
+    drawn = numpy.random.default_rng(0).multinomial(n, shares, 2000)
+    power = sum(mcnemar(int(more), int(less)) < alpha for more, less, _ in drawn) / len(drawn)
+    assert 0.74 < power < 0.84
+
+
+def test_nothing_can_be_shown_without_discordance() -> None:
+    assert smallest_difference(100, 0.0) is None
+    assert smallest_difference(5, 0.1) is None
+    with pytest.raises(ValueError, match="expected n >= 1"):
+        smallest_difference(0, 0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ import typer
 import yaml
 
 from orpo_distill import __version__
+from orpo_distill.compare.cells import Asked, design_of
+from orpo_distill.compare.methods import DEFAULT as DEFAULT_METHODS
 from orpo_distill.config import Config, load_config, parse_component, parse_yaml
 from orpo_distill.errors import ConfigError, Interrupted, OrpoDistillError
 from orpo_distill.experiment import run as run_experiment
@@ -106,6 +109,44 @@ def show_ledger(
 
 
 @app.command()
+def compare(
+    items: Annotated[
+        list[str], typer.Argument(metavar="CONFIG", help="experiments, or quickstart; settings as for run")
+    ],
+    methods: Annotated[str, typer.Option(help="a list with commas")] = ",".join(DEFAULT_METHODS),
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each method, from the config's seed on")] = 3,
+    sweep: Annotated[list[str] | None, typer.Option(help="key=value,value,... (repeatable); K: traces used")] = None,
+    vary: Annotated[Literal["traces"] | None, typer.Option(help="sample teacher and student anew for a seed")] = None,
+    budgets: Annotated[
+        str, typer.Option(help="epochs: as many for all; tokens: as many trained tokens")
+    ] = "epochs,tokens",
+    learning_rates: Annotated[
+        str | None, typer.Option(help="to choose from on validation; default: x 0.5, 1, 2")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="folder below runs/; default: CONFIG's name and -compare")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time, each with its share of the devices")] = 1,
+    plan: Annotated[bool, typer.Option("--plan", help="only print how many stages there are, and are shared")] = False,
+    ledger: LedgerPath = None,
+) -> None:
+    """Run methods, seeds and sweeps of one config on the same traces, and test what differs."""
+    from orpo_distill.compare.running import compare as run_comparison
+    from orpo_distill.compare.tables import plan_table, summary
+
+    files, overrides = _files_and_settings(items)
+    configs = [_config(file, _with_ledger(overrides, ledger)) for file in files]
+    asked = Asked(methods, tuple(sweep or ()), seeds, learning_rates, budgets, vary == "traces", name)
+    design = design_of(configs, asked)
+    if plan:
+        _print_table(plan_table(design))
+        return
+    folder = run_comparison(design, jobs, shlex.join(["orpo-distill", *sys.argv[1:]]))
+    for table in summary(json.loads((folder / "compare.json").read_bytes())):
+        _print_table(table)
+        print()
+    print(f"report: {folder / 'report.html'}   tables: {folder / 'compare.md'}   figures: {folder / 'compare.json'}")
+
+
+@app.command()
 def status(folder: Annotated[Path, typer.Argument(help="a run folder, for instance runs/quickstart")]) -> None:
     """Say which stages of a run are finished."""
     _print_table([("stage", "state", "result"), *run_status(folder)])
@@ -154,12 +195,11 @@ def import_(
     ledger: LedgerPath = None,
 ) -> None:
     """Put texts you already own into a run; the next `run` samples only what is missing."""
-    overrides = [item for item in items if OVERRIDE.match(item) and not Path(item).exists()]
-    files = [Path(item) for item in items if item not in overrides]
+    files, overrides = _files_and_settings(items)
     if not files:
         raise ConfigError("expected files of texts behind the config, found none; name at least one")
     settings = load_config(config, _with_ledger(overrides, ledger))
-    print(import_texts(settings, files, policy, form, redo or ()))
+    print(import_texts(settings, [Path(file) for file in files], policy, form, redo or ()))
 
 
 @app.command()
@@ -175,14 +215,20 @@ def export(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folders, or the folder of a comparison")],
+    out: Annotated[Path | None, typer.Option(help="the file to write; default: report.html where it belongs")] = None,
+) -> None:
+    """Write the HTML report of a run, of several side by side, or of a comparison, from the files that are there."""
+    from orpo_distill.reporting import write_report
+
+    print(write_report(folders, out))
+
+
+@app.command()
 def quickstart(overrides: Overrides = None, redo: Redo = None, keep: Keep = None, ledger: LedgerPath = None) -> None:
     """Run the whole job on the embedded tiny teacher and student (about 1 minute on 2 CPU cores)."""
-    embedded = [
-        f"task.path={QUICKSTART / 'problems'}",
-        f"teacher.model={QUICKSTART / 'teacher'}",
-        f"student.model={QUICKSTART / 'student'}",
-    ]
-    settings = load_config(QUICKSTART / "quickstart.yaml", [*embedded, *_with_ledger(overrides, ledger)])
+    settings = _config("quickstart", _with_ledger(overrides, ledger))
     _print_results(run_experiment(settings, None, redo or (), keep or ()))
 
 
@@ -207,6 +253,24 @@ def main() -> None:
         raise SystemExit(error.exit_code) from None
 
 
+def _config(name: str, overrides: Sequence[str]) -> Config:
+    """The config in a file, or the embedded one where there is no file `quickstart`."""
+    if name != "quickstart" or Path(name).is_file():
+        return load_config(Path(name), overrides)
+    embedded = [
+        f"task.path={QUICKSTART / 'problems'}",
+        f"teacher.model={QUICKSTART / 'teacher'}",
+        f"student.model={QUICKSTART / 'student'}",
+    ]
+    return load_config(QUICKSTART / "quickstart.yaml", [*embedded, *overrides])
+
+
+def _files_and_settings(items: Sequence[str]) -> tuple[list[str], list[str]]:
+    """File names, and settings that stand among them."""
+    settings = [item for item in items if OVERRIDE.match(item) and not Path(item).exists()]
+    return [item for item in items if item not in settings], settings
+
+
 def _with_ledger(overrides: Sequence[str] | None, ledger: Path | None) -> list[str]:
     return [*(overrides or ()), *([f"ledger={json.dumps(str(ledger))}"] if ledger else [])]
 
@@ -224,9 +288,9 @@ def _print_results(folder: Path) -> None:
     from orpo_distill.stages.report import headline_text, results_table
 
     content: dict[str, Any] = json.loads((folder / "report" / "report.json").read_bytes())
-    _print_table(results_table(content["results"]))
+    _print_table(results_table(content["results"], content["headline"]["split"]))
     print(headline_text(content["headline"]))
-    print(f"report: {folder / 'report' / 'report.md'}   model: {folder / 'student'}")
+    print(f"report: {folder / 'report' / 'report.html'}   model: {folder / 'student'}")
 
 
 def _print_bill(settings: Config) -> None:

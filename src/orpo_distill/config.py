@@ -16,6 +16,7 @@ import yaml
 from pydantic import (
     BaseModel,
     Field,
+    NonNegativeInt,
     PositiveInt,
     SerializeAsAny,
     ValidationError,
@@ -27,7 +28,7 @@ from pydantic.fields import FieldInfo
 
 from orpo_distill.component import SPEED_ONLY, Component, Options, component_class
 from orpo_distill.errors import ConfigError
-from orpo_distill.mixing import LinearPhi, Phi, PhiUnit
+from orpo_distill.mixing import PHI_FORMS, AdaptivePhi, PhiSetting, PhiUnit
 from orpo_distill.objectives import Objective
 from orpo_distill.samplers import Decoding, Sampler
 from orpo_distill.tasks import Task
@@ -80,10 +81,12 @@ class StudentSection(Options):
 class PairsSection(Options):
     """How verified traces become training rows."""
 
-    phi: Phi | tuple[Phi, ...] | LinearPhi = 0.5  # a number, one value a round, or {start, end}
+    phi: PhiSetting = 0.5  # a number, one value a round, {start, end}, or adaptive
     phi_unit: PhiUnit = "problem"
     on_empty: Literal["initial", "skip"] = "initial"  # when the latest student made no wrong trace
     negatives_from: Literal["student", "teacher"] = "student"
+    matched: bool = False  # only problems with wrong traces of student and teacher, as many of one as of the other
+    traces: PositiveInt | None = None  # use only the first this many traces a problem of each model
     rouge_l_max: Share = 0.8  # drop a trace whose ROUGE-L F1 with a kept one is above this
     pairing: Literal["cycle", "product", "random"] = "cycle"
     per_problem: PositiveInt = 8  # most pairs a problem gives in a round
@@ -95,11 +98,9 @@ class PairsSection(Options):
     @classmethod
     def _phi_in_one_message(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
-            return handler(value)
+            return handler({"adaptive": "yield"} if value == "adaptive" else value)
         except ValidationError as error:
-            raise ValueError(
-                f"expected a number from 0 to 1, a list of them (one a round) or {{start, end}}, found {value!r}"
-            ) from error
+            raise ValueError(f"expected {PHI_FORMS}, found {value!r}") from error
 
 
 class LoraSection(Options):
@@ -148,8 +149,17 @@ class EvaluateSection(Options):
     decoding: Decoding = Decoding(temperature=0.0)
     limit: PositiveInt | None = None  # test problems
     validation_limit: PositiveInt | None = None
+    test: bool = True  # false: leave the test problems alone, as long as settings are searched on validation
     teacher: bool = False  # measure the teacher on test too
     sft: bool = False  # train and measure an SFT student on the same chosen traces
+
+
+class MechanismsSection(Options):
+    """What is measured of negatives and training beside accuracy. Never changes what is trained."""
+
+    enabled: bool = True
+    problems: NonNegativeInt = 100  # whose negatives are scored by the student of each round; 0: none are
+    traces: Annotated[int, Field(ge=2)] = 2  # negatives a problem of each source that is compared
 
 
 class SampleLaunch(Options):
@@ -177,6 +187,7 @@ class Config(Options):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0
+    traces_seed: int | None = None  # of the teacher's and the initial student's traces; default: `seed`
     task: SerializeAsAny[Task]
     problems: ProblemsSection = ProblemsSection()
     teacher: TeacherSection
@@ -187,6 +198,7 @@ class Config(Options):
     objective: SerializeAsAny[Objective] = Field(default="orpo", validate_default=True)
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
+    mechanisms: MechanismsSection = MechanismsSection()
     launch: Annotated[LaunchSection, SPEED_ONLY] = LaunchSection()
     runs: Annotated[Path, SPEED_ONLY] = Path("runs")  # the folder of run folders
     ledger: Annotated[Path | None, SPEED_ONLY] = None  # of paid calls; default: in the user's data folder
@@ -205,6 +217,15 @@ class Config(Options):
             raise ValueError(
                 f"expected pairs.phi with one value a round ({self.rounds}), the first 0 because round 1 has only the "
                 f"initial student, found {list(phi)}"
+            )
+        if not self.evaluate.test and self.problems.validation is None:
+            raise ValueError("expected problems.validation beside evaluate.test: false, found null: nothing to measure")
+        if self.pairs.matched and phi != 0:
+            raise ValueError(f"expected pairs.phi: 0 beside pairs.matched, found {phi!r}")
+        if isinstance(phi, AdaptivePhi) and self.rounds < 3:
+            raise ValueError(
+                f"expected rounds of at least 3 with an adaptive pairs.phi, because round 2 is the first whose "
+                f"negatives can be compared and round 3 the first whose phi can move, found {self.rounds}"
             )
         for role in (self.teacher, self.student):
             if role.samples > 1 and role.decoding.temperature == 0:

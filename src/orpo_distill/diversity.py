@@ -8,6 +8,7 @@ so there only exact repetitions are found.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,6 +26,22 @@ def rouge_l_f1(a: str, b: str) -> float:
     first, second = _encode([a, b])
     total = len(first) + len(second)
     return 2 * LCSseq.similarity(first, second) / total if total else 0.0
+
+
+def mean_rouge_l(texts: Sequence[str]) -> float:
+    """Mean ROUGE-L F1 over all pairs of two texts or more. Raises ValueError for fewer."""
+    if len(texts) < 2:
+        raise ValueError(f"expected two texts or more, found {len(texts)}")
+    pairs = [
+        2 * LCSseq.similarity(a, b) / (len(a) + len(b)) if a or b else 0.0
+        for a, b in itertools.combinations(_encode(texts), 2)
+    ]
+    return sum(pairs) / len(pairs)
+
+
+def words(text: str) -> list[str]:
+    """The text's words, as ROUGE-L counts them."""
+    return _WORD.findall(text.lower())
 
 
 def diverse(texts: Sequence[str], threshold: float) -> list[str]:
@@ -50,7 +67,7 @@ def diverse(texts: Sequence[str], threshold: float) -> list[str]:
 def _encode(texts: Sequence[str]) -> list[str]:
     """Each text as a string with one character a word: the form that the C library compares fastest."""
     codes: defaultdict[str, str] = defaultdict(lambda: chr(len(codes)))
-    return ["".join(map(codes.__getitem__, _WORD.findall(text.lower()))) for text in texts]
+    return ["".join(map(codes.__getitem__, words(text))) for text in texts]
 
 
 def _above(a: str, b: str, threshold: float) -> bool:

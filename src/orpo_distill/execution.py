@@ -39,7 +39,8 @@ def refuse_stale(stages: Sequence[Stage], run: RunFolder, redo: Sequence[str] = 
     _check_patterns([*redo, *keep], stages)
     dependents = _with_dependents(stages, redo)
     kept = {stage.name for stage in stages if _matches(stage, keep) and run.manifest(stage.name)}
-    unnamed = [stage for stage in stages if not (_matches(stage, redo) or stage.name in kept)]
+    shared = {stage.name for stage in stages if run.shares and not stage.own}  # get another folder
+    unnamed = [stage for stage in stages if not (_matches(stage, redo) or stage.name in kept | shared)]
     stale = {}
     for stage in unnamed:
         before = run.asked(stage.name) if stage.precious or stage not in dependents else None
@@ -83,15 +84,32 @@ def _set_aside(stage: Stage, run: RunFolder) -> None:
     mark = run.of(stage.name) / REDOING
     if mark.exists() or not (old := run.supersede(stage.name)):
         return
-    mark.parent.mkdir(parents=True)
-    mark.touch()
+    if run.shares and not stage.own:
+        mark.parent.unlink()  # linked to another folder when it runs
+    else:
+        mark.parent.mkdir(parents=True)
+        mark.touch()
     say(f"{stage.name}: to be redone, the old one is kept in {old}")
 
 
 def run_stage(stage: Stage, run: RunFolder, start: Start) -> Manifest:
     """Finish one stage whose inputs are finished, doing only what is missing."""
-    folder = run.of(stage.name)
     asked = _asked_now(stage, run)
+    if run.shares and not stage.own:
+        _link(stage, asked, run)
+    with run.hold(stage.name):
+        return _run_held(stage, asked, run, start)
+
+
+def _link(stage: Stage, asked: Asked, run: RunFolder) -> None:
+    """Link a stage to the shared folder that was asked for the same. A link to what can grow into it stays."""
+    before = run.asked(stage.name)
+    if before is None or _outdated(stage, before, asked, run):
+        run.link(stage.name, asked)
+
+
+def _run_held(stage: Stage, asked: Asked, run: RunFolder, start: Start) -> Manifest:
+    folder = run.of(stage.name)
     before, manifest = run.asked(stage.name), run.manifest(stage.name)
     if manifest and manifest.asked == asked:
         _require_outputs(stage, run)
@@ -140,7 +158,9 @@ def _restore_consumed(stage: Stage, by_name: Mapping[str, Stage], run: RunFolder
         if run.manifest(source.name) and not (run.of(source.name) / file).exists():
             say(f"{source.name}: made again, because {stage.name} needs its {file}, which was deleted to save space")
             _restore_consumed(source, by_name, run, start)
-            run.supersede(source.name)
+            with run.hold(source.name):
+                if not (run.of(source.name) / file).exists():
+                    run.supersede(source.name)
             run_stage(source, run, start)
             restored = True
     return restored

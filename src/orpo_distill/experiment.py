@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -37,6 +36,8 @@ def run(config: Config, until: str | None = None, redo: Sequence[str] = (), keep
         write_text(folder.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         write_text(folder.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
         execute(stages, folder, _Timed(Launcher(config.launch), folder), redo, keep)
+        if folder.shares:
+            _collect_times(stages, folder)
     return folder.path
 
 
@@ -64,6 +65,25 @@ def _so_far(folder: Path) -> str:
     return f"{count} so far" if count else ""
 
 
+def _collect_times(stages: Sequence[Stage], folder: RunFolder) -> None:
+    """Let `times.json` hold the seconds of shared stages too, whichever run made them."""
+    times = _read_times(folder.path / "times.json")
+    for stage in stages:
+        times |= _read_times(folder.of(stage.name) / SECONDS, stage.name)
+    write_text(folder.path / "times.json", json.dumps(times, indent=1) + "\n")
+
+
+def _read_times(path: Path, stage: str | None = None) -> dict[str, float]:
+    """The seconds in a file, of the stage where it holds one number. Lost ones are no reason to stop."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_bytes())
+        return found if stage is None else {stage: found}
+    return {}
+
+
+SECONDS = "seconds.json"  # in the folder of a shared stage
+
+
 class _Timed:
     """Says what starts, and keeps the seconds that what stands took to make in `times.json`, apart from the results."""
 
@@ -76,11 +96,11 @@ class _Timed:
         started, is_new = time.monotonic(), {path.name for path in out.iterdir()} <= {"stage.json", REDOING}
         metrics = self._launcher(stage, inputs, out)
         seconds = time.monotonic() - started
-        times: dict[str, Any] = {}
-        with suppress(OSError, ValueError):  # lost times are no reason to stop
-            times = json.loads(self._path.read_bytes())
+        times = _read_times(self._path) | _read_times(out / SECONDS, stage.name)
         times[stage.name] = round((0.0 if is_new else times.get(stage.name, 0.0)) + seconds, 2)
         write_text(self._path, json.dumps(times, indent=1) + "\n")
+        if out.is_symlink():
+            write_text(out / SECONDS, json.dumps(times[stage.name]) + "\n")
         say(f"{stage.name}: {_brief(stage, metrics)} ({seconds:.1f} s)")
         return metrics
 
@@ -90,7 +110,9 @@ SAID = {
     "problems": ("train", "test", "validation"),
     "sample": ("traces", "completion_tokens"),
     "verify": ("correct", "wrong", "ambiguous", "unparseable", "truncated", "failed"),
-    "pair": ("pairs", "paired_problems", "fell_back"),
+    "phi": ("phi", "latest", "initial"),
+    "pair": ("phi", "pairs", "paired_problems", "fell_back"),
+    "mechanisms": ("scored_problems", "warnings"),
     "train": ("steps", "tokens", "nll_loss", "rewards/accuracies"),
 }
 

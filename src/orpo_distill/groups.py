@@ -59,7 +59,7 @@ def tokenize(
     wanted = {(pair.chosen, False) for pair in pairs}
     if with_rejected:
         wanted |= {(pair.rejected, pair.rejected_cut) for pair in pairs}
-    responses = _encode_responses(sorted(wanted), tokenizer)
+    responses = encode_responses(sorted(wanted), tokenizer)
     rows = []
     for number, pair in enumerate(pairs, start=1):
         rejected = responses[pair.rejected, pair.rejected_cut] if with_rejected else ()
@@ -68,7 +68,7 @@ def tokenize(
     return rows
 
 
-def _encode_responses(
+def encode_responses(
     texts: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[tuple[str, bool], Tokens]:
     """Tokens of each (text, cut); one that was not cut ends with the token that ends a response."""

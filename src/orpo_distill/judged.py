@@ -17,6 +17,7 @@ class Judged:
     trace: Trace
     outcome: Outcome
     text: str
+    answer: str | None = None  # that the verifier read
 
     @property
     def cut(self) -> bool:
@@ -60,6 +61,6 @@ def _joined(traces: Path, verdicts: Path) -> Iterator[Judged]:
         if verdict is None or verdict.trace_id != trace.id:
             found = f"that of {verdict.trace_id}" if verdict else "none"
             raise DataError(f"{verdicts}: expected the verdict of trace {trace.id}, found {found}; verify again")
-        yield Judged(trace, verdict.outcome, trace.text.strip())
+        yield Judged(trace, verdict.outcome, trace.text.strip(), verdict.answer)
     if (verdict := next(judgements, None)) is not None:
         raise DataError(f"{verdicts}: expected one verdict a trace, found one more of {verdict.trace_id}; verify again")

@@ -55,7 +55,7 @@ class Launcher:
                 stage.work, options.model_copy(update={"shard": (index, count)}), inputs, out, f"call-{index}.json"
             )
             command = [sys.executable, "-m", "orpo_distill.call", str(path)]
-            jobs.append(Job(command, _device_environment(index, count, options.sampler.devices), path))
+            jobs.append(Job(command, device_environment(index, count, options.sampler.devices), path))
         run_jobs(stage.name, jobs)
 
     def _run_accelerate(self, stage: Stage, inputs: Mapping[str, Path], out: Path, processes: int) -> Metrics:
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     module, _, name = data["options_class"].partition(":")
     options = getattr(importlib.import_module(module), name).model_validate(data["options"])
     out = Path(data["out"])
-    threading.Thread(target=_die_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
+    threading.Thread(target=die_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
     try:
         with signals_raise(), disk_errors_explained(out):
             metrics = call(data["work"], options, {key: Path(value) for key, value in data["inputs"].items()}, out)
@@ -195,14 +195,22 @@ def _relay(process: subprocess.Popen[bytes], job: Job, stopping: threading.Event
                 say(line.decode(errors="replace").rstrip("\n"))
 
 
-def _die_with(launcher: int) -> None:
+def die_with(launcher: int) -> None:
     """End this process as soon as the one that the user started is gone: nobody would hold the run's lock for it."""
-    while True:
-        try:
-            os.kill(launcher, 0)
-        except ProcessLookupError:
-            os._exit(1)
+    while not _is_gone(launcher):
         time.sleep(0.2)
+    os._exit(1)
+
+
+def _is_gone(process: int) -> bool:
+    """Whether a process has ended, although its own parent may not have taken note of it yet (a zombie)."""
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:  # no Linux
+        return False
+    except ProcessLookupError:
+        return True
 
 
 def _write_call(work: str, options: Any, inputs: Mapping[str, Path], out: Path, name: str) -> Path:
@@ -218,8 +226,10 @@ def _write_call(work: str, options: Any, inputs: Mapping[str, Path], out: Path, 
     return path
 
 
-def _device_environment(index: int, count: int, devices: int) -> dict[str, str]:
-    """The environment of one shard: its own GPUs (`devices` each) where there are some, else its share of the cores."""
+def device_environment(
+    index: int, count: int, devices: int, setting: str = "launch.sample.processes"
+) -> dict[str, str]:
+    """The environment of one process of `count`: GPUs of its own, or its share of the cores where there are none."""
     environment = dict(os.environ)
     gpus = _gpus()
     if not gpus:
@@ -227,8 +237,7 @@ def _device_environment(index: int, count: int, devices: int) -> dict[str, str]:
         return environment
     if count * devices > len(gpus):
         raise ModelError(
-            f"expected {devices} GPU(s) for each of launch.sample.processes={count}, found {len(gpus)} in all; "
-            "lower the setting"
+            f"expected {devices} GPU(s) for each of {setting}={count}, found {len(gpus)} in all; lower the setting"
         )
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[index * devices : (index + 1) * devices])
     return environment

@@ -16,7 +16,7 @@ from typing import Any
 from orpo_distill.config import Config
 from orpo_distill.experiment import run
 from orpo_distill.groups import Row, default_steps, tokenize
-from orpo_distill.mixing import phi_of_round
+from orpo_distill.mixing import foreseen_phi
 from orpo_distill.models import load_model, load_tokenizer, pick_device
 from orpo_distill.packing import collate, micro_batches
 from orpo_distill.progress import say
@@ -40,7 +40,7 @@ def pilot(config: Config, count: int, redo: Sequence[str] = (), keep: Sequence[s
     traces = sum(read_manifest(folder / name).metrics["traces"] for name in texts)
     paired = pairs["paired_problems"]
     making = sum(seconds.get(f"{name}{part}", 0.0) for name in texts for part in ("", "-verdicts")) * whole / taken
-    phis = [phi_of_round(config.pairs.phi, number, config.rounds) for number in range(1, config.rounds + 1)]
+    phis = [foreseen_phi(config.pairs.phi, number, config.rounds) for number in range(1, config.rounds + 1)]
     refreshing = seconds.get("student-0", 0.0) * whole / taken * sum(phis)
     rows = pairs["pairs"] * whole // taken
     steps = config.train.steps_per_round or default_steps(rows, config.train.pairs_per_step)

@@ -9,12 +9,15 @@ from __future__ import annotations
 from orpo_distill.component import type_name
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
-from orpo_distill.mixing import phi_of_round
+from orpo_distill.mixing import PHI_FILE, AdaptivePhi, foreseen_phi, phi_of_round
 from orpo_distill.objectives import Objective
 from orpo_distill.runs import Stage
 from orpo_distill.stages.evaluate import EvaluateOptions
 from orpo_distill.stages.export import ExportOptions
+from orpo_distill.stages.mechanisms import FILE as MECHANISMS_FILE
+from orpo_distill.stages.mechanisms import MechanismsOptions
 from orpo_distill.stages.pair import PairOptions
+from orpo_distill.stages.phi import PhiOptions
 from orpo_distill.stages.problems import ProblemsOptions
 from orpo_distill.stages.report import ReportOptions
 from orpo_distill.stages.sample import SampleOptions, StopRule
@@ -29,22 +32,23 @@ ASKING = ("task.prompt", "task.system", "task.examples")
 
 def plan(config: Config) -> list[Stage]:
     """Every stage of a run, in an order in which each one's inputs come before it."""
-    uses_negatives = "rejected" in config.objective.requires
-    uses_student = uses_negatives and config.pairs.negatives_from == "student"
+    uses_student = _reads_student(config)
     stages = [_problems(config), *_sampled(config, "teacher")]
     if uses_student:
         stages += _sampled(config, "student-0")
     stages += [_pair(config, 1), _evaluate(config, "baseline", "student-0", model=config.student.model)]
     for number in range(1, config.rounds + 1):
         if number > 1:
-            if uses_student and _phi(config, number) > 0:
-                stages += _sampled_latest(config, number)
+            if _uses_student(config):
+                stages += _refreshed(config, number)
             stages.append(_pair(config, number))
         stages += [_train(config, number), _evaluate(config, f"round-{number}/evaluate", f"student-{number}")]
     if config.evaluate.teacher:
         stages.append(_evaluate(config, "teacher-evaluate", "teacher", model=config.teacher.model))
     if config.evaluate.sft:
         stages += _sft(config)
+    if config.mechanisms.enabled:
+        stages.append(_mechanisms(config, stages))
     return [*stages, _report(config, stages), _export(config)]
 
 
@@ -70,7 +74,7 @@ def _sampled(config: Config, policy: str) -> list[Stage]:
         samples=role.samples,
         policy=policy,
         prefix=config.teacher.prefix if policy == "teacher" else "",
-        seed=config.seed,
+        seed=config.seed if config.traces_seed is None else config.traces_seed,
         stopping=_stop_rule(config) if policy == "teacher" else None,
     )
     return [_sample_stage(policy, options, {"problems": "problems"}), _verify(config, f"{policy}-verdicts", policy)]
@@ -89,6 +93,26 @@ def _stop_rule(config: Config) -> StopRule | None:
     )
 
 
+def _refreshed(config: Config, number: int) -> list[Stage]:
+    """What round `number` takes from the student of the round before, after finding out how much where phi adapts."""
+    phi = _phi(config, number)
+    if phi == 0:
+        return []
+    return [*([_adapted_phi(config, number)] if phi is None else []), *_sampled_latest(config, number)]
+
+
+def _adapted_phi(config: Config, number: int) -> Stage:
+    """Find phi of round `number` (3 or later) from the negatives of the round before."""
+    setting, before = config.pairs.phi, f"round-{number - 1}"
+    assert isinstance(setting, AdaptivePhi)
+    inputs = {"problems": "problems", "initial": "student-0", "initial-verdicts": "student-0-verdicts"}
+    inputs |= {"latest": f"{before}/student", "latest-verdicts": f"{before}/student-verdicts"}
+    if number > 3:
+        inputs["phi"] = f"{before}/phi"
+    options = PhiOptions(adaptive=setting.adaptive, start=setting.start)
+    return Stage(f"round-{number}/phi", "orpo_distill.stages.phi:phi", options, inputs, outputs=(PHI_FILE,))
+
+
 def _sampled_latest(config: Config, number: int) -> list[Stage]:
     """Sample and verify, for round `number`, what the coin sends to the student of the round before."""
     options = SampleOptions(
@@ -96,7 +120,7 @@ def _sampled_latest(config: Config, number: int) -> list[Stage]:
         sampler=config.student.sampler.for_run(config.name, config.ledger),
         model=None,
         decoding=config.student.decoding,
-        samples=config.student.samples,
+        samples=_student_samples(config),
         policy=f"student-{number - 1}",
         seed=config.seed,
         round=number,
@@ -105,6 +129,8 @@ def _sampled_latest(config: Config, number: int) -> list[Stage]:
     )
     name = f"round-{number}/student"
     inputs = {"problems": "problems", "model": f"round-{number - 1}/train"}
+    if options.phi is None:
+        inputs["phi"] = f"round-{number}/phi"
     return [_sample_stage(name, options, inputs), _verify(config, f"{name}-verdicts", name)]
 
 
@@ -116,7 +142,9 @@ def _sample_stage(name: str, options: SampleOptions, inputs: dict[str, str]) -> 
         options,
         inputs,
         outputs=("traces.jsonl",),
-        grows=frozenset({"stopping.at", "stopping.most", "inputs.problems"} | (set() if waves else {"samples"})),
+        grows=frozenset(
+            {"stopping.at", "stopping.most", "inputs.problems", "inputs.phi"} | (set() if waves else {"samples"})
+        ),
         ignores=SOURCE + (() if options.stopping else VERIFIER),
         precious=True,
     )
@@ -135,23 +163,26 @@ def _verify(config: Config, name: str, traces: str) -> Stage:
 
 
 def _pair(config: Config, number: int) -> Stage:
-    uses_negatives = "rejected" in config.objective.requires
-    phi = _phi(config, number)
+    uses_student = _uses_student(config)
+    phi = _phi(config, number) if uses_student else foreseen_phi(config.pairs.phi, number, config.rounds)
     options = PairOptions(
         **{**dict(config.pairs), "phi": phi},
         task=config.task,
         round=number,
         seed=config.seed,
-        samples=config.student.samples,
+        samples=_student_samples(config),
         tokenizer=config.student.model,
         trust_remote_code=config.train.trust_remote_code,
         max_length=config.train.max_length,
-        needs_rejected=uses_negatives,
+        needs_rejected="rejected" in config.objective.requires,
     )
     inputs = {"problems": "problems", "teacher": "teacher", "teacher-verdicts": "teacher-verdicts"}
-    if uses_negatives and config.pairs.negatives_from == "student":
+    if _reads_student(config):
         inputs |= {"initial": "student-0", "initial-verdicts": "student-0-verdicts"}
-        if phi > 0:
+    if uses_student:
+        if phi is None:
+            inputs["phi"] = f"round-{number}/phi"
+        if phi != 0:
             latest = f"round-{number}/student"
             inputs |= {"latest": latest, "latest-verdicts": f"{latest}-verdicts"}
     return Stage(
@@ -205,7 +236,7 @@ def _evaluate(config: Config, name: str, policy: str, model: str | None = None) 
     """Evaluate a policy; without `model` it is the one trained by the stage `train` beside the evaluation."""
     is_teacher = policy == "teacher"
     role = config.teacher if is_teacher else config.student
-    limits = {"test": config.evaluate.limit}
+    limits = {"test": config.evaluate.limit} if config.evaluate.test else {}
     if not is_teacher and config.problems.validation is not None:
         limits["validation"] = config.evaluate.validation_limit
     options = EvaluateOptions(
@@ -227,15 +258,40 @@ def _evaluate(config: Config, name: str, policy: str, model: str | None = None) 
     )
 
 
+def _mechanisms(config: Config, stages: list[Stage]) -> Stage:
+    options = MechanismsOptions(
+        mechanisms=config.mechanisms,
+        task=config.task,
+        model=config.student.model,
+        train=config.train,
+        rounds=config.rounds,
+        seed=config.seed,
+    )
+    return Stage(
+        "mechanisms",
+        "orpo_distill.stages.mechanisms:mechanisms",
+        options,
+        _all(stages),
+        outputs=(MECHANISMS_FILE,),
+        grows=frozenset("*"),
+        ignores=SOURCE + VERIFIER,
+    )
+
+
+def _all(stages: list[Stage]) -> dict[str, str]:
+    """Every stage as an input under its name; evaluations under that of their policy."""
+    return {
+        f"evaluate:{stage.options.policy}" if isinstance(stage.options, EvaluateOptions) else stage.name: stage.name
+        for stage in stages
+    }
+
+
 def _report(config: Config, stages: list[Stage]) -> Stage:
-    inputs: dict[str, str] = {}
-    for stage in stages:
-        options = stage.options
-        key = f"evaluate:{options.policy}" if isinstance(options, EvaluateOptions) else stage.name
-        inputs[key] = stage.name
     options = ReportOptions(name=config.name, rounds=config.rounds)
     outputs = ("report.json", "report.md")
-    return Stage("report", "orpo_distill.stages.report:report", options, inputs, outputs, grows=frozenset("*"))
+    return Stage(
+        "report", "orpo_distill.stages.report:report", options, _all(stages), outputs, frozenset("*"), own=True
+    )
 
 
 def _export(config: Config) -> Stage:
@@ -251,10 +307,26 @@ def _export(config: Config) -> Stage:
     )
     inputs = {"model": f"round-{config.rounds}/train", "report": "report"}
     outputs = ("config.json",)
-    return Stage("student", "orpo_distill.stages.export:export", options, inputs, outputs, grows=frozenset("*"))
+    return Stage("student", "orpo_distill.stages.export:export", options, inputs, outputs, frozenset("*"), own=True)
 
 
-def _phi(config: Config, number: int) -> float:
+def _student_samples(config: Config) -> int:
+    """K: how many traces of the student a problem's negatives are taken from."""
+    return min(config.student.samples, config.pairs.traces or config.student.samples)
+
+
+def _reads_student(config: Config) -> bool:
+    """Whether the initial student's traces are needed: as negatives, or to match the teacher's with."""
+    return "rejected" in config.objective.requires and (
+        config.pairs.negatives_from == "student" or config.pairs.matched
+    )
+
+
+def _uses_student(config: Config) -> bool:
+    return "rejected" in config.objective.requires and config.pairs.negatives_from == "student"
+
+
+def _phi(config: Config, number: int) -> float | None:
     return phi_of_round(config.pairs.phi, number, config.rounds)
 
 

@@ -135,12 +135,15 @@ def _size(stage: Stage, config: Config, counts: Counts) -> str:
         return f"{_times(train, 1)} to train on, {_times(test, 1)} to test on{dropped}"
     if kind in ("sample", "verify"):
         role = config.teacher if stage.name.startswith("teacher") else config.student
-        share = phi_of_round(config.pairs.phi, number, config.rounds) if number else 1.0
-        about = "" if share == 1 else "about "
+        known = phi_of_round(config.pairs.phi, number, config.rounds) if number else 1.0
+        share = 1.0 if known is None else known
+        about = "at most " if known is None else "" if share == 1 else "about "
         most = config.teacher.max_samples if stage.name.startswith("teacher") else None
         about = f"{_times(train, role.samples)} to " if most else about
         traces = f"{about}{_times(train, (most or role.samples) * share)} traces"
         return f"{traces} of at most {role.decoding.max_new_tokens} tokens" if kind == "sample" else traces
+    if kind == "phi":
+        return f"by what the negatives of round {number - 1} are worth"
     if kind == "pair":
         return f"at most {_times(train, config.pairs.per_problem)} pairs"
     if kind == "train":
@@ -149,6 +152,8 @@ def _size(stage: Stage, config: Config, counts: Counts) -> str:
         if steps is None and train is not None:
             return f"at most {rounds * ceil(train * config.pairs.per_problem / config.train.pairs_per_step)} steps"
         return f"{rounds * steps} steps" if steps else "steps as round 1's pairs give"
+    if kind == "mechanisms":
+        return f"negatives of at most {config.mechanisms.problems} problems scored a round"
     if kind == "evaluate":
         return f"{_times(test, 1)} answers"
     return ""

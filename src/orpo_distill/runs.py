@@ -24,6 +24,7 @@ from orpo_distill.errors import RunError
 from orpo_distill.records import write_text
 
 FORMAT = 1
+SHARED = "shared"  # the folder of stages that runs beside it share
 Metrics = dict[str, Any]
 T = TypeVar("T", "Asked", "Manifest")
 
@@ -41,6 +42,7 @@ class Stage:
     ignores: tuple[str, ...] = ()  # options that its work does not read, with all that is below them
     precious: bool = False  # holds texts that may have been paid for: redone only when named itself
     consumes: Mapping[str, str] = field(default_factory=dict)  # input -> what it may have deleted since it finished
+    own: bool = False  # speaks of its run by name: never shared with another run
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,12 @@ class Asked:
     options: Mapping[str, Any]  # flat: {"decoding.temperature": 0.8}; without speed-only options
     inputs: Mapping[str, str]  # name -> content id of the input stage
     kept: tuple[str, ...] = field(default=(), compare=False)  # options whose change the user accepted with --keep
+
+    @property
+    def key(self) -> str:
+        """A short hash of what was asked for."""
+        plain = json.dumps([self.work, dict(self.options), dict(self.inputs)], sort_keys=True)
+        return hashlib.sha256(plain.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -63,10 +71,50 @@ class Manifest:
 
 
 class RunFolder:
-    """The folder of one run."""
+    """The folder of one run.
+
+    Where a folder `shared` stands beside it (the runs of a comparison), stages are links into that: whatever was asked
+    for the same way is made once, see `link`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._shared = path.parent / SHARED
+
+    @property
+    def shares(self) -> bool:
+        """Whether the run shares stages with the runs beside it."""
+        return self._shared.is_dir()
+
+    def link(self, stage: str, asked: Asked) -> None:
+        """Let a stage's folder be a link to the shared one that was asked for the same, or to a new one."""
+        name = stage.replace("/", "-")
+        same = (folder for folder in sorted(self._shared.glob(f"{name}-*")) if _is_asked(folder, asked))
+        target = next(same, None) or self._new_shared(f"{name}-{asked.key}")
+        target.mkdir(exist_ok=True)
+        folder = self.of(stage)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.unlink(missing_ok=True)
+        folder.symlink_to(os.path.relpath(target, folder.parent))
+
+    def _new_shared(self, name: str) -> Path:
+        """A shared folder in which nothing was begun; one of this name may since have grown into something else."""
+        number, folder = 1, self._shared / name
+        while (folder / "stage.json").exists():
+            number += 1
+            folder = self._shared / f"{name}-{number}"
+        return folder
+
+    @contextmanager
+    def hold(self, stage: str) -> Iterator[None]:
+        """Hold a stage's folder for this process; if another run is making it, wait until it is done."""
+        folder = self.of(stage)
+        if not folder.is_symlink():
+            yield
+            return
+        with (self._shared / f".{folder.resolve().name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def of(self, stage: str) -> Path:
         """A stage's folder."""
@@ -115,12 +163,14 @@ class RunFolder:
         _write(self.of(stage) / "manifest.json", asdict(manifest))
 
     def supersede(self, stage: str) -> Path | None:
-        """Move a stage's folder out of the way. Returns where it went, None if there was none."""
+        """Move a stage's folder out of the way, for all runs that share it. Where it went, None if there was none."""
         folder = self.of(stage)
         if not folder.exists():
             return None
-        number = 1
-        while (target := self.path / "superseded" / str(number) / stage).exists():
+        number, root = 1, self.path
+        if folder.is_symlink():
+            folder, stage, root = folder.resolve(), folder.resolve().name, self._shared
+        while (target := root / "superseded" / str(number) / stage).exists():
             number += 1
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(target)
@@ -172,6 +222,13 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {"python": sys.version.split()[0], "platform": platform.platform(), "packages": versions}
+
+
+def _is_asked(folder: Path, asked: Asked) -> bool:
+    try:
+        return _read(folder / "stage.json", Asked) == asked
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _asked(data: Mapping[str, Any]) -> Asked:

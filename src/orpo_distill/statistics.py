@@ -1,11 +1,27 @@
-"""Intervals and paired tests for accuracies: how sure a difference is. Pure functions of counts."""
+"""Intervals and paired tests for accuracies: how sure a difference is. Pure functions of counts and scores."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
-from statistics import NormalDist
+from statistics import NormalDist, mean, stdev
+
+ENOUGH_SEEDS = 5  # to resample them
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with its 95% interval and two-sided p-value against 0 (None where it cannot be computed)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    how: str  # which interval and test
+    weak: bool  # too few seeds to say how another seed would do
 
 
 def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -63,6 +79,95 @@ def paired_difference(
     up = _length(high_1 - first, second - low_2, phi)
     difference = (b - c) / n
     return difference - down, difference + up
+
+
+def estimate(scores: Sequence[Sequence[float]]) -> Estimate:
+    """The mean of `scores` (seeds, problems), and how sure it is. Each is a paired difference of one seed and problem.
+
+    Problems and seeds are crossed, since every seed's student answers the same problems: from 5 seeds on both are
+    resampled (`crossed_bootstrap`). With 2 to 4 it is a t-interval of the seeds' means, which says how other seeds
+    would do on these problems, and is weak. With one seed problems alone are resampled: it says nothing of seeds.
+    Raises ValueError for no scores.
+    """
+    if not scores or not scores[0] or any(len(row) != len(scores[0]) for row in scores):
+        raise ValueError("expected the same number of scores, at least one, for at least one seed")
+    if 2 <= len(scores) < ENOUGH_SEEDS:
+        return over_seeds([mean(row) for row in scores])
+    return crossed_bootstrap(scores)
+
+
+def over_seeds(differences: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """The t-interval and one-sample t-test of paired differences, one a seed (Student 1908). Raises ValueError below 2.
+
+    Where all are equal there is no spread to measure with: no p-value.
+    """
+    from scipy.stats import t
+
+    count = len(differences)
+    if count < 2:
+        raise ValueError(f"expected differences of at least 2 seeds, found {count}")
+    centre, error = mean(differences), stdev(differences) / sqrt(count)
+    half = float(t.ppf((1 + confidence) / 2, count - 1)) * error
+    p = 2 * float(t.sf(abs(centre) / error, count - 1)) if error else None
+    return Estimate(centre, centre - half, centre + half, p, f"t over {count} seeds", True)
+
+
+def crossed_bootstrap(scores: Sequence[Sequence[float]], confidence: float = 0.95, seed: int = 0) -> Estimate:
+    """The percentile interval of the mean of `scores` (seeds, problems), resampling seeds and problems independently.
+
+    Owen 2007 (Annals of Applied Statistics 1:386), the pigeonhole bootstrap: for data that are crossed it is slightly
+    conservative. p is twice the smaller share of resampled means on one side of 0, at least 1 / resamples. A single
+    seed is not resampled.
+    """
+    import numpy
+
+    table = numpy.asarray(scores, dtype=float)  # (S, N)
+    seeds, problems = table.shape
+    coin = numpy.random.default_rng(seed)
+    means = numpy.empty(RESAMPLES)
+    for start in range(0, RESAMPLES, 500):  # bounded memory
+        drawn = coin.multinomial(problems, numpy.full(problems, 1 / problems), 500) / problems  # (500, N)
+        weights = coin.multinomial(seeds, numpy.full(seeds, 1 / seeds), 500) / seeds  # (500, S)
+        means[start : start + 500] = ((drawn @ table.T) * weights).sum(1)
+    low, high = numpy.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    tail = min((means <= 0).mean(), (means >= 0).mean())
+    p = min(1.0, 2 * max(float(tail), 1 / RESAMPLES))
+    how = f"bootstrap of {seeds} seeds x {problems} problems" if seeds > 1 else f"bootstrap of {problems} problems"
+    return Estimate(float(table.mean()), float(low), float(high), p, how, seeds < ENOUGH_SEEDS)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values corrected for their number, in their order (Holm 1979, Scandinavian Journal of Statistics 6:65)."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected
+
+
+def smallest_difference(n: int, discordance: float, alpha: float = 0.05, power: float = 0.8) -> float | None:
+    """The smallest difference in accuracy that McNemar's test on `n` problems finds with this power at level `alpha`.
+
+    `discordance` is the share of problems that only one of the two models solves. Solves Connor 1987 (Biometrics
+    43:207), equation 3, n = (z_alpha sqrt(d) + z_power sqrt(d - D^2))^2 / D^2, for D. None where no difference up to
+    the discordance would be found. Raises ValueError unless n >= 1, 0 <= discordance <= 1 and both shares in (0, 1).
+    """
+    if n < 1 or not 0 <= discordance <= 1 or not 0 < alpha < 1 or not 0 < power < 1:
+        raise ValueError(f"expected n >= 1 and shares, found {n}, {discordance}, {alpha}, {power}")
+    z_alpha, z_power = _normal_quantile(1 - alpha), NormalDist().inv_cdf(power)
+
+    def needed(difference: float) -> float:
+        spread = sqrt(max(0.0, discordance - difference * difference))
+        return ((z_alpha * sqrt(discordance) + z_power * spread) / difference) ** 2
+
+    low, high = 0.0, discordance
+    if not discordance or needed(high) > n:
+        return None
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if needed(middle) <= n else (middle, high)
+    return high
 
 
 def majority_rate(answers: Sequence[str]) -> float:

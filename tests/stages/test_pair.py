@@ -131,6 +131,7 @@ def test_a_pair_says_where_both_sides_come_from(world: World) -> None:
     ]
     assert world.dropped == {"teacher/p1/0": "wrong", "student-0/p1/0": "correct"}
     assert metrics == {
+        "phi": 0.0,
         "pairs": 1,
         "problems": 1,
         "paired_problems": 1,

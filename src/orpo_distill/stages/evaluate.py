@@ -63,6 +63,8 @@ def evaluate(options: EvaluateOptions, inputs: Mapping[str, Path], out: Path) ->
         for split, limit in options.limits.items()
         if (found := take(list(read_jsonl(inputs["problems"] / f"{split}.jsonl", Problem)), limit, options.seed))
     }
+    if not splits:
+        raise DataError(f"expected problems in {' or '.join(options.limits)}, found none; set evaluate.test: true")
     problems = {problem.id: problem for chosen in splits.values() for problem in chosen}
     requests = [
         Request(

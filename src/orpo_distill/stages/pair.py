@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -20,15 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import PositiveInt, SerializeAsAny
 
 from orpo_distill.config import PairsSection
-from orpo_distill.diversity import diverse
 from orpo_distill.errors import DataError
-from orpo_distill.groups import most_tokens, token_counts
+from orpo_distill.groups import token_counts
 from orpo_distill.judged import Judged, JudgedTraces
-from orpo_distill.mixing import Phi, latest_share
+from orpo_distill.mixing import Phi, latest_share, phi_in_force
 from orpo_distill.progress import progress
 from orpo_distill.records import (
-    Message,
-    Outcome,
     Pair,
     Problem,
     atomic_file,
@@ -36,13 +33,11 @@ from orpo_distill.records import (
     read_jsonl,
     to_json,
 )
+from orpo_distill.stages.sieve import SIDES, Case, Dropped, Sieve
 from orpo_distill.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Side = Literal["chosen", "rejected"]
-SIDES: tuple[Side, Side] = ("chosen", "rejected")
 
 BLOCK = 256  # problems whose texts are tokenised together
 
@@ -50,7 +45,7 @@ BLOCK = 256  # problems whose texts are tokenised together
 class PairOptions(PairsSection):
     """The section `pairs` with phi at its value for one round, and what else making that round's pairs takes."""
 
-    phi: Phi
+    phi: Phi | None  # type: ignore[assignment]  # None: as the stage inputs["phi"] has found
     task: SerializeAsAny[Task]
     round: PositiveInt
     seed: int
@@ -59,28 +54,6 @@ class PairOptions(PairsSection):
     trust_remote_code: bool = False
     max_length: PositiveInt  # tokens of prompt, response and end of sequence together
     needs_rejected: bool = True  # False: a row for every chosen trace, no negatives are read
-
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """A trace that no pair uses, or a problem that gives no pair (then `trace_id` is empty)."""
-
-    problem_id: str
-    trace_id: str
-    side: Literal["chosen", "rejected", "problem"]
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Case:
-    """One problem with the traces that may stand on either side."""
-
-    problem: Problem
-    prompt: tuple[Message, ...]
-    chosen: Sequence[Judged]
-    latest: Sequence[Judged]  # what the coin gave to the latest student
-    others: Sequence[Judged]  # the rest of the rejected side's pool
-    stand_ins: Sequence[Judged]  # join the pool if no trace of `latest` is usable
 
 
 @dataclass
@@ -140,7 +113,8 @@ def pair(options: PairOptions, inputs: Mapping[str, Path], out: Path) -> dict[st
     if not total:
         raise DataError(f"expected problems in {problems}, found none; check the task's train split")
     tokenizer = _load_tokenizer(options)
-    cases = _cases(options, inputs)
+    phi = phi_in_force(options.phi, inputs)
+    cases = _cases(options, phi, inputs)
     with (
         atomic_file(out / "pairs.jsonl") as pair_file,
         atomic_file(out / "dropped.jsonl") as dropped_file,
@@ -148,7 +122,7 @@ def pair(options: PairOptions, inputs: Mapping[str, Path], out: Path) -> dict[st
     ):
         while block := list(islice(cases, BLOCK)):
             rooms = [options.max_length - tokens - 1 for tokens in _prompt_tokens(tokenizer, block)]  # 1: its end
-            sieves = [_Sieve(options, case, room) for case, room in zip(block, rooms, strict=True)]
+            sieves = [Sieve(options, case, room) for case, room in zip(block, rooms, strict=True)]
             counts = token_counts(tokenizer, (text for sieve in sieves for text in sieve.uncounted()))
             for sieve in sieves:
                 pairs, dropped = _pair_case(options, sieve, counts, tally)
@@ -156,7 +130,7 @@ def pair(options: PairOptions, inputs: Mapping[str, Path], out: Path) -> dict[st
                 dropped_file.writelines((to_json(row) + "\n").encode() for row in dropped)
             advance(len(block))
     _check(options, tally)
-    return tally.metrics()
+    return tally.metrics() | ({"phi": phi} if "initial" in inputs else {})
 
 
 def _load_tokenizer(options: PairOptions) -> PreTrainedTokenizerBase:
@@ -165,13 +139,13 @@ def _load_tokenizer(options: PairOptions) -> PreTrainedTokenizerBase:
     return load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
 
 
-def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, block: Sequence[_Case]) -> list[int]:
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, block: Sequence[Case]) -> list[int]:
     from orpo_distill.samplers.prompts import encode_prompts
 
     return [len(tokens) for tokens in encode_prompts(tokenizer, [case.prompt for case in block])]
 
 
-def _cases(options: PairOptions, inputs: Mapping[str, Path]) -> Iterator[_Case]:
+def _cases(options: PairOptions, phi: float, inputs: Mapping[str, Path]) -> Iterator[Case]:
     streams = {
         name: JudgedTraces(inputs[name], inputs[f"{name}-verdicts"])
         for name in ("teacher", "initial", "latest")
@@ -180,27 +154,31 @@ def _cases(options: PairOptions, inputs: Mapping[str, Path]) -> Iterator[_Case]:
     for problem in read_jsonl(inputs["problems"] / "problems.jsonl", Problem):
         sampled = {name: stream.take(problem.id) for name, stream in streams.items()}
         prompt = options.task.messages(problem)
-        case = _Case(problem, prompt, sampled["teacher"], (), (), ())
-        yield _with_negatives(options, case, sampled)
+        if options.traces is not None:
+            sampled["teacher"] = [each for each in sampled["teacher"] if each.trace.sample_index < options.traces]
+        case = Case(problem, prompt, sampled["teacher"], (), (), ())
+        yield _with_negatives(options, phi, case, sampled)
     for stream in streams.values():
         stream.finish()
 
 
-def _with_negatives(options: PairOptions, case: _Case, sampled: Mapping[str, Sequence[Judged]]) -> _Case:
+def _with_negatives(options: PairOptions, phi: float, case: Case, sampled: Mapping[str, Sequence[Judged]]) -> Case:
     if not options.needs_rejected:
         return case
-    if options.negatives_from == "teacher":
-        return replace(case, others=sampled["teacher"])
     problem_id, samples = case.problem.id, options.samples
+    if options.negatives_from == "teacher":
+        match = _indices(sampled, "initial", problem_id, range(samples)) if options.matched else None
+        return replace(case, others=sampled["teacher"], match=match)
     first = 0
     if options.round > 1:
-        first = latest_share(options.phi, options.phi_unit, options.seed, options.round, problem_id, samples)
+        first = latest_share(phi, options.phi_unit, options.seed, options.round, problem_id, samples)
     stand_in = first if options.on_empty == "initial" else 0
     return replace(
         case,
         latest=_indices(sampled, "latest", problem_id, range(first)),
         others=_indices(sampled, "initial", problem_id, range(first, samples)),
         stand_ins=_indices(sampled, "initial", problem_id, range(stand_in)),
+        match=sampled["teacher"] if options.matched else None,
     )
 
 
@@ -215,77 +193,6 @@ def _indices(sampled: Mapping[str, Sequence[Judged]], name: str, problem_id: str
             "sample it again with this seed, phi and number of samples"
         )
     return found
-
-
-def _fault(sample: Judged, side: Side) -> str:
-    """Why a trace cannot stand on its side whatever its length; "" if it can."""
-    if sample.outcome is not (Outcome.CORRECT if side == "chosen" else Outcome.WRONG):
-        return sample.outcome.value
-    return "truncated" if side == "chosen" and sample.cut else ""
-
-
-class _Sieve:
-    """Filters the traces of one case, for whose responses `room` tokens are left, and remembers what fell through."""
-
-    def __init__(self, options: PairOptions, case: _Case, room: int) -> None:
-        self.case, self.room = case, room
-        self.longest = min(room, options.max_response_tokens or room)
-        self.dropped: list[Dropped] = []
-        self.counts: Mapping[str, int] = {}  # tokens of the texts that are `uncounted`
-        self._options = options
-
-    def uncounted(self) -> Iterator[str]:
-        """The texts whose tokens must be counted to know whether they fit.
-
-        Short ones do in any case, see `groups.most_tokens`.
-        """
-        case, surely = self.case, self.longest if self._options.min_response_tokens == 1 else 0
-        pool = (*case.latest, *case.others, *case.stand_ins)
-        for side, samples in zip(SIDES, (case.chosen, pool), strict=True):
-            for sample in samples:
-                if not _fault(sample, side) and not 0 < most_tokens(sample.text) <= surely:
-                    yield sample.text
-
-    def keep(self, samples: Sequence[Judged], side: Side, reasons: Iterable[str]) -> list[Judged]:
-        """The samples whose reason is ""; the others are dropped for theirs."""
-        kept = []
-        for sample, reason in zip(samples, reasons, strict=True):
-            if reason:
-                self.dropped.append(Dropped(self.case.problem.id, sample.trace.id, side, reason))
-            else:
-                kept.append(sample)
-        return kept
-
-    def drop_unpaired(self, samples: Sequence[Judged], side: Side, used: set[int]) -> None:
-        """Give a reason to kept samples that no pair uses."""
-        self.keep(samples, side, ("" if index in used else "unpaired" for index in range(len(samples))))
-
-    def usable(self, samples: Sequence[Judged], side: Side) -> list[Judged]:
-        """Those with the right outcome and length."""
-        return self.keep(samples, side, (_fault(sample, side) or self._length_fault(sample) for sample in samples))
-
-    def diverse(self, samples: Sequence[Judged], side: Side) -> list[Judged]:
-        """Those that are unlike the ones kept before."""
-        return self.keep(samples, side, diverse([sample.text for sample in samples], self._options.rouge_l_max))
-
-    def chosen(self) -> list[Judged]:
-        """The chosen side: at most `max_chosen`, in sample order."""
-        kept = self.diverse(self.usable(self.case.chosen, "chosen"), "chosen")
-        most = self._options.max_chosen or len(kept)
-        return self.keep(kept, "chosen", ("" if index < most else "over_max_chosen" for index in range(len(kept))))
-
-    def rejected(self) -> tuple[list[Judged], bool]:
-        """The rejected side, in order of sample index, and whether initial traces stood in for the latest's."""
-        latest = self.usable(self.case.latest, "rejected")
-        fell_back = bool(self.case.stand_ins) and not latest
-        pool = [*(self.case.stand_ins if fell_back else ()), *self.case.others]
-        return self.diverse([*latest, *self.usable(pool, "rejected")], "rejected"), fell_back
-
-    def _length_fault(self, sample: Judged) -> str:
-        tokens = self.counts.get(sample.text, 1)  # one that was not counted fits
-        if tokens < self._options.min_response_tokens:
-            return "too_short"
-        return "too_long" if tokens > self.longest else ""
 
 
 def pair_indices(
@@ -315,7 +222,7 @@ def pair_indices(
 
 
 def _pair_case(
-    options: PairOptions, sieve: _Sieve, counts: Mapping[str, int], tally: _Tally
+    options: PairOptions, sieve: Sieve, counts: Mapping[str, int], tally: _Tally
 ) -> tuple[list[Pair], list[Dropped]]:
     """The pairs of one problem, and what fell out of it. Counts both."""
     case, sieve.counts = sieve.case, counts
@@ -337,7 +244,7 @@ def _pair_case(
     return pairs, sieve.dropped
 
 
-def _make(case: _Case, chosen: Judged, rejected: Judged | None) -> Pair:
+def _make(case: Case, chosen: Judged, rejected: Judged | None) -> Pair:
     return Pair(
         problem_id=case.problem.id,
         prompt=case.prompt,

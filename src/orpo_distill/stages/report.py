@@ -1,22 +1,25 @@
-"""Report: every result of a run in one place, `report.json` (for programs) and `report.md` (for people).
+"""Report: every result of a run in one place, `report.json` for programs, `report.md` and `report.html` for people.
 
-Fields of `report.json` are documented in docs/report.md. Only what the method determines stands here; times and the
-environment live in other files.
+Fields of `report.json` are documented in docs/report.md. Only what the method determines stands in it and in
+`report.md`; `report.html` also shows times and the environment, so it is no output of the stage: its bytes are in no
+content id.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from orpo_distill.component import Options
-from orpo_distill.records import Answer, Outcome, read_jsonl, write_text
+from orpo_distill.errors import OrpoDistillError
+from orpo_distill.page import run_page
+from orpo_distill.page.paired import compare as compare
+from orpo_distill.progress import say
+from orpo_distill.records import write_text
 from orpo_distill.runs import read_manifest
-from orpo_distill.statistics import mcnemar, paired_difference
 
 Row = dict[str, Any]
 
@@ -29,10 +32,11 @@ class ReportOptions(Options):
 
 
 def report(options: ReportOptions, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Write `report.json` and `report.md`; return the headline."""
+    """Write `report.json`, `report.md` and `report.html`; return the headline."""
     evaluations = {key.partition(":")[2]: path for key, path in inputs.items() if key.startswith("evaluate:")}
     results = [row for path in evaluations.values() for row in json.loads((path / "results.json").read_bytes())]
     first, last = "student-0", f"student-{options.rounds}"
+    split = "test" if any(row["split"] == "test" for row in results) else "validation"
     comparisons = [
         comparison
         for policy in evaluations
@@ -42,40 +46,24 @@ def report(options: ReportOptions, inputs: Mapping[str, Path], out: Path) -> dic
     content = {
         "name": options.name,
         "version": metadata.version("orpo-distill"),
-        "headline": _headline(results, comparisons, last),
+        "headline": _headline(results, comparisons, last, split),
         "results": results,
         "comparisons": comparisons,
+        "mechanisms": _measured(inputs.get("mechanisms")),
         "stages": {key: _stage(path) for key, path in inputs.items()},
     }
     write_text(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     write_text(out / "report.md", render_markdown(content))
+    _write_page(out)
     return {"headline": content["headline"]}
 
 
-def compare(first: Path, second: Path, a: str, b: str) -> list[Row]:
-    """Paired comparison, a split: exact McNemar on the problems that both evaluations answered.
-
-    `difference` is accuracy(b) - accuracy(a) with its 95% interval for paired proportions.
-    """
-    right_a, right_b = _right_answers(first), _right_answers(second)
-    rows = []
-    for split in right_b.keys() & right_a.keys():
-        ids = right_a[split].keys() & right_b[split].keys()
-        cells = Counter((right_a[split][key], right_b[split][key]) for key in ids)
-        only_a, only_b = cells[True, False], cells[False, True]
-        low, high = paired_difference(cells[True, True], only_b, only_a, cells[False, False])
-        row = {"a": a, "b": b, "split": split, "n": len(ids), "only_a": only_a, "only_b": only_b}
-        difference = {"difference": (only_b - only_a) / len(ids), "low": low, "high": high}
-        rows.append({**row, **difference, "p": mcnemar(only_b, only_a)})
-    return sorted(rows, key=lambda row: str(row["split"]))
-
-
-def _right_answers(evaluation: Path) -> dict[str, dict[str, bool]]:
-    """split -> problem id -> whether the answer was right (anything but CORRECT is not)."""
-    right: dict[str, dict[str, bool]] = {}
-    for answer in read_jsonl(evaluation / "answers.jsonl", Answer):
-        right.setdefault(answer.split, {})[answer.problem_id] = answer.outcome == Outcome.CORRECT
-    return right
+def _write_page(out: Path) -> None:
+    """`report.html` of the run folder that `out` stands in. What is wrong with it is said, and stops no run."""
+    try:
+        write_text(out / "report.html", run_page(out.parent))
+    except OrpoDistillError as error:
+        say(f"  no report.html: {error}; then write it with: orpo-distill report {out.parent}")
 
 
 def results_table(results: Sequence[Row], split: str = "test") -> list[tuple[str, ...]]:
@@ -92,9 +80,9 @@ def results_table(results: Sequence[Row], split: str = "test") -> list[tuple[str
 def headline_text(headline: Row) -> str:
     """The result in one sentence: always the last round's, never the best one's."""
     return (
-        f"{headline['policy']}: {headline['accuracy']:.1%} on test, {headline['difference']:+.1%} against the initial "
-        f"student (95% interval {headline['low']:+.1%} to {headline['high']:+.1%}, exact McNemar p = "
-        f"{headline['p']:.2g}, n = {headline['n']})"
+        f"{headline['policy']}: {headline['accuracy']:.1%} on {headline['split']}, {headline['difference']:+.1%} "
+        f"against the initial student (95% interval {headline['low']:+.1%} to {headline['high']:+.1%}, exact McNemar "
+        f"p = {headline['p']:.2g}, n = {headline['n']})"
     )
 
 
@@ -108,11 +96,27 @@ def render_markdown(content: Row) -> str:
             parts += [f"## Accuracy on {split}", "", *markdown_table(table), ""]
             parts += [f"Always giving the most common answer would score {majority:.1%}.", ""]
     parts += ["## Against the initial student, paired", "", *markdown_table(_comparison_table(content)), ""]
+    parts += _mechanisms(content["mechanisms"])
     for key, stage in content["stages"].items():
         if not key.startswith("evaluate:"):
             parts += [f"## {key}", "", *markdown_table([("measure", "value"), *_flat(stage["metrics"])]), ""]
     parts += ["Intervals are 95%: Wilson for an accuracy, Newcombe's paired interval for a difference.", ""]
     return "\n".join(parts)
+
+
+def _measured(folder: Path | None) -> Row:
+    """`mechanisms.json`; empty without that stage."""
+    measured: Row = json.loads((folder / "mechanisms.json").read_bytes()) if folder else {}
+    return measured
+
+
+def _mechanisms(measured: Row) -> list[str]:
+    """What the stage `mechanisms` measured; nothing without it."""
+    parts = [line for warning in measured.get("warnings", ()) for line in (f"**Warning.** {warning}.", "")]
+    for table in measured.get("tables", ()):
+        rows = markdown_table([table["columns"], *table["rows"]]) if table["rows"] else []
+        parts += [f"## {table['title']}", "", table["note"], "", *([*rows, ""] if rows else [])]
+    return parts
 
 
 def _stage(folder: Path) -> Row:
@@ -121,11 +125,17 @@ def _stage(folder: Path) -> Row:
     return {"options": manifest.asked.options, "metrics": manifest.metrics, "kept": manifest.asked.kept}
 
 
-def _headline(results: Sequence[Row], comparisons: Sequence[Row], policy: str) -> Row:
-    row = next(row for row in results if row["policy"] == policy and row["split"] == "test")
-    paired = next(row for row in comparisons if row["b"] == policy and row["split"] == "test")
+def _headline(results: Sequence[Row], comparisons: Sequence[Row], policy: str, split: str) -> Row:
+    row = next(row for row in results if row["policy"] == policy and row["split"] == split)
+    paired = next(row for row in comparisons if row["b"] == policy and row["split"] == split)
     keys = ("difference", "low", "high", "p")
-    return {"policy": policy, "n": row["n"], "accuracy": row["accuracy"], **{key: paired[key] for key in keys}}
+    return {
+        "policy": policy,
+        "split": split,
+        "n": row["n"],
+        "accuracy": row["accuracy"],
+        **{key: paired[key] for key in keys},
+    }
 
 
 def _comparison_table(content: Row) -> list[tuple[str, ...]]:

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt, SerializeAsAny
 from orpo_distill.component import SPEED_ONLY, Options
 from orpo_distill.config import VerifySection
 from orpo_distill.diversity import diverse
-from orpo_distill.mixing import Phi, PhiUnit, latest_share
+from orpo_distill.mixing import Phi, PhiUnit, latest_share, phi_in_force
 from orpo_distill.progress import say
 from orpo_distill.records import FinishReason, Problem, Trace, derive_seed, read_jsonl, write_jsonl
 from orpo_distill.samplers import Decoding, Request, Sampler
@@ -45,7 +45,7 @@ class SampleOptions(Options):
     prefix: str = ""  # before the last user message, with a blank line between them
     seed: int
     round: int = 0  # the round of training that this is for, if only the problems that phi's coin gives are sampled
-    phi: Phi = 1.0
+    phi: Phi | None = 1.0  # None: as the stage inputs["phi"] has found
     phi_unit: PhiUnit = "problem"
     stopping: StopRule | None = None
     shard: Annotated[tuple[int, int] | None, SPEED_ONLY] = None  # process i of n
@@ -61,7 +61,8 @@ def sample(options: SampleOptions, inputs: Mapping[str, Path], out: Path) -> dic
     model = options.model or str(inputs["model"] / "model")
     if options.stopping is not None:
         return _in_waves(options, options.stopping, problems, model, out)
-    requests = [request for problem in problems for request in _requests(options, problem)]
+    phi = phi_in_force(options.phi, inputs)
+    requests = [request for problem in problems for request in _requests(options, phi, problem)]
     sample_traces(options.sampler, model, requests, options.decoding, options.policy, out, options.shard)
     return {} if options.shard else _metrics(read_jsonl(out / "traces.jsonl", Trace))
 
@@ -141,10 +142,10 @@ def _asking(options: SampleOptions, problem: Problem, indices: Iterable[int]) ->
     ]
 
 
-def _requests(options: SampleOptions, problem: Problem) -> list[Request]:
+def _requests(options: SampleOptions, phi: float, problem: Problem) -> list[Request]:
     count = options.samples
     if options.round:
-        coin = (options.phi, options.phi_unit, options.seed, options.round)
+        coin = (phi, options.phi_unit, options.seed, options.round)
         count = latest_share(*coin, problem.id, options.samples)
     return _asking(options, problem, range(count))
 

@@ -1,0 +1,215 @@
+"""Cells: the runs of a comparison, each a config of its own, and how many of their stages are made only once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Literal, get_args
+
+from orpo_distill.compare.methods import METHODS, Sweep, configured, overlaid, parse_methods, parse_sweep
+from orpo_distill.component import type_name
+from orpo_distill.config import Config
+from orpo_distill.errors import ConfigError
+from orpo_distill.plan import plan, select
+from orpo_distill.runs import Stage, flat_options
+
+Budget = Literal["epochs", "tokens"]
+SEARCHED = "search"  # in the names of runs that only look for a learning rate
+
+
+@dataclass(frozen=True)
+class Block:
+    """One student on one task: a config of the comparison. Differences are taken inside a block."""
+
+    name: str  # in front of its runs' names; empty if there is only one
+    config: Config
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return type_name(type(self.config.task))
+
+    @property
+    def student(self) -> str:
+        """The student's name, without folders."""
+        return Path(self.config.student.model).name
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison. `seed` and `budget` are None where they change nothing (zero-shot)."""
+
+    block: Block
+    method: str
+    seed: int | None
+    budget: Budget | None
+    config: Config
+    until: str  # the stage that it needs
+
+    @property
+    def evaluation(self) -> str:
+        """The stage that measured what the cell is about."""
+        return f"round-{self.config.rounds}/evaluate" if self.trains else "baseline"
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained."""
+        return self.seed is not None
+
+
+@dataclass(frozen=True)
+class Design:
+    """What is compared: `methods` and values of `sweeps`, over `seeds` seeds, with the best of `learning_rates`."""
+
+    blocks: tuple[Block, ...]
+    folder: Path
+    methods: tuple[str, ...]
+    sweeps: tuple[Sweep, ...] = ()
+    seeds: int = 3
+    learning_rates: tuple[float, ...] = ()  # empty: half, one and two times that of each config
+    budgets: tuple[Budget, ...] = ("epochs", "tokens")
+    vary_traces: bool = False
+
+    def trained_methods(self) -> list[str]:
+        """All rows that are trained: methods, then values of sweeps."""
+        return [name for name in self.methods if METHODS[name].trains] + self.swept()
+
+    def swept(self) -> list[str]:
+        """The rows of sweeps, one a value."""
+        return [sweep.method(value) for sweep in self.sweeps for value in sweep.values]
+
+    def seeds_of(self, block: Block) -> range:
+        """The seeds of a block's runs."""
+        return range(block.config.seed, block.config.seed + self.seeds)
+
+    def rates_of(self, block: Block) -> tuple[float, ...]:
+        """The learning rates that each method chooses from."""
+        rate = block.config.train.learning_rate
+        return self.learning_rates or (float(f"{rate / 2:.3g}"), rate, float(f"{rate * 2:.3g}"))
+
+    def baseline(self, block: Block) -> Cell:
+        """The initial student, as it is."""
+        return Cell(block, "zero-shot", None, None, self._config(block, block.config, "zero-shot", {}), "baseline")
+
+    def searching(self, block: Block, method: str, rate: float) -> Cell:
+        """A run that measures one learning rate on validation, with the block's first seed and equal epochs."""
+        seed = self.seeds_of(block)[0]
+        name = f"{SEARCHED}-{method}-lr{rate:g}-s{seed}"
+        extra = {"evaluate.test": False}
+        config = self._config(block, self._of(block, method), name, self._seeded(block, seed, rate, None) | extra)
+        return Cell(block, method, seed, "epochs", config, f"round-{config.rounds}/evaluate")
+
+    def trained(
+        self, block: Block, method: str, seed: int, rate: float, budget: Budget, steps: int | None = None
+    ) -> Cell:
+        """A run that counts: rounds of `steps` optimizer steps, or an epoch each."""
+        config = self._config(
+            block, self._of(block, method), f"{method}-{budget}-s{seed}", self._seeded(block, seed, rate, steps)
+        )
+        return Cell(block, method, seed, budget, config, "report")
+
+    def _of(self, block: Block, method: str) -> Config:
+        return configured(block.config, method, self.sweeps)
+
+    def _seeded(self, block: Block, seed: int, rate: float, steps: int | None) -> dict[str, object]:
+        base = block.config
+        fixed = base.seed if base.traces_seed is None else base.traces_seed
+        return {
+            "seed": seed,
+            "traces_seed": seed if self.vary_traces else fixed,
+            "train.learning_rate": rate,
+            "train.steps_per_round": steps,
+            "train.keep": "all",  # rounds are shared; what nobody needs any more is deleted between seeds
+        }
+
+    def _config(self, block: Block, config: Config, name: str, settings: Mapping[str, object]) -> Config:
+        own = {"name": (f"{block.name}-" if block.name else "") + _file_name(name), "runs": str(self.folder)}
+        controls = {"evaluate.sft": False, "evaluate.teacher": False}  # methods of their own here
+        return overlaid(config, {**controls, **settings, **own})
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A comparison in the words of the command line."""
+
+    methods: str
+    sweeps: tuple[str, ...] = ()
+    seeds: int = 3
+    learning_rates: str | None = None
+    budgets: str = "epochs,tokens"
+    vary_traces: bool = False
+    name: str | None = None
+
+
+def design_of(configs: Sequence[Config], asked: Asked) -> Design:
+    """The comparison that was asked for. Raises ConfigError for words that mean nothing, or settings that clash."""
+    if not configs:
+        raise ConfigError("expected a config to compare methods on, found none; name at least one file")
+    methods = parse_methods(asked.methods, configs)
+    sweeps = tuple(parse_sweep(text) for text in asked.sweeps)
+    if not methods and not sweeps:
+        raise ConfigError("expected methods or a sweep to compare, found none; see --methods and --sweep")
+    name = asked.name or f"{configs[0].name}-compare"
+    design = Design(
+        blocks=_blocks(configs),
+        folder=configs[0].runs / name,
+        methods=tuple(methods),
+        sweeps=sweeps,
+        seeds=asked.seeds,
+        learning_rates=_rates(asked.learning_rates),
+        budgets=_budgets(asked.budgets),
+        vary_traces=asked.vary_traces,
+    )
+    for block in design.blocks:  # every config is made once, so that what is wrong is said now
+        for method in design.trained_methods():
+            design.trained(block, method, block.config.seed, block.config.train.learning_rate, "epochs")
+    return design
+
+
+def _rates(text: str | None) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(rate) for rate in text.split(",")) if text else ()
+    except ValueError:
+        rates = (0.0,)
+    if any(not 0 < rate < inf for rate in rates) or len(set(rates)) < len(rates):
+        raise ConfigError(f"expected different numbers above 0, with commas, in --learning-rates, found {text!r}")
+    return rates
+
+
+def _budgets(text: str) -> tuple[Budget, ...]:
+    names = [name.strip() for name in text.split(",")]
+    if not names or not set(names) <= set(get_args(Budget)):
+        raise ConfigError(f"expected epochs, tokens or both, with a comma, in --budgets, found {text!r}")
+    return tuple(budget for budget in get_args(Budget) if budget in names)
+
+
+def _blocks(configs: Sequence[Config]) -> tuple[Block, ...]:
+    """One block a config. Raises ConfigError if two have the same name."""
+    twice = [name for name, count in Counter(config.name for config in configs).items() if count > 1]
+    if twice:
+        raise ConfigError(f"expected configs with different names, found {twice[0]!r} twice; change its `name`")
+    return tuple(Block(config.name if len(configs) > 1 else "", config) for config in configs)
+
+
+def stages_of(cell: Cell) -> list[Stage]:
+    """The stages that a cell needs."""
+    return select(plan(cell.config), cell.until)
+
+
+def recipes(stages: Iterable[Stage]) -> dict[str, str]:
+    """A key for each stage that is the same for two stages exactly if they do the same from the same beginnings."""
+    keys: dict[str, str] = {}
+    for stage in stages:
+        inputs = {name: keys[source] for name, source in stage.inputs.items()}
+        plain = json.dumps([stage.work, flat_options(stage), inputs, stage.own and stage.name], sort_keys=True)
+        keys[stage.name] = hashlib.sha256(plain.encode()).hexdigest()
+    return keys

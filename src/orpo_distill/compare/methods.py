@@ -1,0 +1,172 @@
+"""Methods: what each row of the paper's table, and each control, is as settings laid over a config.
+
+The paper (arXiv 2509.25100, section 3) compares zero-shot, single-CoT, diverse-CoT and ORPO with off-, on- and
+mixed-policy negatives. `orpo-zero` is our control for the contrast: the rows and the order of `orpo-off`, weight 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import yaml
+
+from orpo_distill.component import component_class
+from orpo_distill.config import Config, parse_config, parse_yaml
+from orpo_distill.errors import ConfigError
+from orpo_distill.objectives import Objective
+
+ORPO = {"objective": "orpo"}
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What is trained on what. `settings` are dotted keys of the config."""
+
+    about: str
+    settings: Mapping[str, Any]
+    trains: bool = True
+    needs_several_traces: bool = False  # undefined where the teacher has one trace a problem
+
+
+METHODS: Mapping[str, Method] = {
+    "zero-shot": Method("the initial student", {}, trains=False),
+    "single-cot": Method(
+        "likelihood of the first correct teacher trace of each problem", {"objective": "sft", "pairs.max_chosen": 1}
+    ),
+    "diverse-cot": Method(
+        "likelihood of every diverse correct teacher trace", {"objective": "sft"}, needs_several_traces=True
+    ),
+    "orpo-zero": Method(
+        "the rows and the order of orpo-off, the odds-ratio term weighing nothing",
+        {**ORPO, "objective.weight": 0.0, "pairs.phi": 0.0},
+    ),
+    "orpo-teacher-negatives": Method(
+        "ORPO against the teacher's wrong traces, where student and teacher have some, as many of one as of the other",
+        {**ORPO, "pairs.phi": 0.0, "pairs.negatives_from": "teacher", "pairs.matched": True},
+    ),
+    "orpo-student-negatives": Method(
+        "ORPO against the initial student's wrong traces, on the problems of orpo-teacher-negatives",
+        {**ORPO, "pairs.phi": 0.0, "pairs.negatives_from": "student", "pairs.matched": True},
+    ),
+    "orpo-off": Method("ORPO against the initial student's wrong traces (phi 0)", {**ORPO, "pairs.phi": 0.0}),
+    "orpo-mixed": Method("ORPO with part of the wrong traces from the latest student (phi of the config)", ORPO),
+    "orpo-on": Method(
+        "ORPO against the latest student's wrong traces only (phi 1)",
+        {**ORPO, "pairs.phi": 1.0, "pairs.on_empty": "skip"},
+    ),
+    "orpo-adaptive": Method(
+        "ORPO with a phi that follows the yield of the latest student's wrong traces (from round 3 on)",
+        {**ORPO, "pairs.phi": "adaptive"},
+    ),
+}
+EXTRA = ("orpo-student-negatives", "orpo-adaptive")  # comes with another; an idea of ours
+DEFAULT = tuple(name for name in METHODS if name not in EXTRA)
+PRIMARY = (
+    ("orpo-mixed", "orpo-off"),
+    ("orpo-mixed", "orpo-on"),
+    ("orpo-off", "orpo-zero"),
+    ("orpo-student-negatives", "orpo-teacher-negatives"),
+)
+"""The contrasts that the paper's claims stand on, first minus second."""
+
+EXPLORATORY = (
+    ("single-cot", "zero-shot"),
+    ("diverse-cot", "single-cot"),
+    ("orpo-off", "diverse-cot"),
+    ("orpo-mixed", "diverse-cot"),
+    ("orpo-mixed", "zero-shot"),
+    ("orpo-adaptive", "orpo-mixed"),
+)
+PHI_OF_MIXED = 0.5  # where the config has 0 or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """One setting at several values. `method` names the value's row."""
+
+    key: str
+    values: tuple[Any, ...]
+
+    def method(self, value: Any) -> str:
+        """The name of one value's row, such as `pairs.phi=0.25`."""
+        return f"{self.key}={value}"
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether the values are numbers, which may have a trend."""
+        return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.values)
+
+
+def parse_sweep(text: str) -> Sweep:
+    """A sweep from `key=value,value,...`; `K` stands for `pairs.traces`. Raises ConfigError."""
+    key, equals, values = text.partition("=")
+    try:
+        found = parse_yaml(f"[{values}]") if key and equals and values else []
+    except yaml.YAMLError as error:
+        raise ConfigError(f"expected key=value,value,... in --sweep, found {text!r}: {error}") from error
+    if len(found) < 2 or len(found) != len({str(value) for value in found}):
+        raise ConfigError(
+            f"expected --sweep key=value,value,... with two different values or more, found {text!r}; "
+            "for instance pairs.phi=0,0.5,1"
+        )
+    return Sweep("pairs.traces" if key == "K" else key, tuple(found))
+
+
+def parse_methods(text: str, configs: Sequence[Config]) -> list[str]:
+    """Method names from a list with commas, in the table's order. Raises ConfigError for an unknown one.
+
+    `orpo-teacher-negatives` brings its counterpart with it. `diverse-cot` is left out where a teacher has one trace a
+    problem.
+    """
+    asked = {name.strip() for name in text.split(",") if name.strip()}
+    if unknown := sorted(asked - METHODS.keys()):
+        near = get_close_matches(unknown[0], METHODS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"expected methods out of {', '.join(METHODS)}, found {unknown[0]!r}{hint}")
+    if "orpo-teacher-negatives" in asked:
+        asked.add("orpo-student-negatives")
+    single = any(most_traces(config) == 1 for config in configs)
+    return [name for name in METHODS if name in asked and not (single and METHODS[name].needs_several_traces)]
+
+
+def most_traces(config: Config) -> int:
+    """How many traces of the teacher a problem can have."""
+    most = config.teacher.max_samples or config.teacher.samples
+    return min(most, config.pairs.traces or most)
+
+
+def configured(config: Config, method: str, sweeps: Sequence[Sweep] = ()) -> Config:
+    """The config of a method, or of one value of a sweep. Raises ConfigError."""
+    for sweep in sweeps:
+        for value in sweep.values:
+            if sweep.method(value) == method:
+                return overlaid(config, {sweep.key: value})
+    settings = dict(METHODS[method].settings)
+    if method == "orpo-mixed" and config.pairs.phi in (0, 1):
+        settings["pairs.phi"] = PHI_OF_MIXED
+    if name := settings.get("objective"):
+        settings["objective"] = _objective(config, name)
+    return overlaid(config, settings)
+
+
+def _objective(config: Config, name: str) -> dict[str, Any]:
+    """An objective with the options that it has in common with the config's."""
+    kept = component_class(Objective, name).model_fields.keys() & type(config.objective).model_fields.keys()
+    return {"type": name, **{option: getattr(config.objective, option) for option in sorted(kept)}}
+
+
+def overlaid(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The config with other values at dotted keys. Raises ConfigError, naming the key."""
+    data = config.model_dump(mode="json")
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        place = data
+        for parent in parents:
+            if not isinstance(place.get(parent), dict):
+                raise ConfigError(f"expected a setting of the config, found {key!r}: {parent!r} holds no settings")
+            place = place[parent]
+        place[last] = value
+    return parse_config(data)

@@ -1,0 +1,300 @@
+"""What a comparison shows: `compare.json`, every cell and every contrast.
+
+Differences are paired: the same problems, and for every seed both methods. How they are judged is said in
+`statistics.estimate`; a single seed is judged by McNemar's test. Fields are documented in docs/compare.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from orpo_distill.compare.cells import Block, Cell, Design, stages_of
+from orpo_distill.compare.methods import EXPLORATORY, METHODS, PRIMARY, Sweep, most_traces
+from orpo_distill.errors import DataError
+from orpo_distill.records import Answer, Outcome, read_jsonl, write_text
+from orpo_distill.runs import Metrics, read_manifest
+from orpo_distill.statistics import Estimate, estimate, holm, mcnemar, paired_difference, smallest_difference
+
+ALPHA = 0.05
+Row = dict[str, Any]
+
+
+@dataclass
+class Search:
+    """What one learning rate of one method reached on validation."""
+
+    block: Block
+    method: str
+    rate: float
+    seed: int | None = None
+    n: int | None = None
+    correct: int | None = None
+    chosen: bool = False
+
+    def row(self) -> Row:
+        """As it stands in `compare.json`."""
+        return {
+            **_place(self.block),
+            "method": self.method,
+            "seed": self.seed,
+            "learning_rate": self.rate,
+            "n": self.n,
+            "correct": self.correct,
+            "chosen": self.chosen,
+        }
+
+
+@dataclass
+class Result:
+    """A finished cell, read from its run folder."""
+
+    cell: Cell
+
+    @property
+    def _folder(self) -> Path:
+        return self.cell.config.run_dir
+
+    @cached_property
+    def right(self) -> dict[str, bool]:
+        """Problem -> whether its answer on test was right."""
+        answers = read_jsonl(self._folder / self.cell.evaluation / "answers.jsonl", Answer)
+        return {answer.problem_id: answer.outcome == Outcome.CORRECT for answer in answers if answer.split == "test"}
+
+    def row(self, root: Path) -> Row:
+        """As it stands in `compare.json`."""
+        cell = self.cell
+        measured = json.loads((self._folder / cell.evaluation / "results.json").read_bytes())
+        test = next(row for row in measured if row["split"] == "test")
+        keys = ("n", "correct", "accuracy", "low", "high", "parsed", "truncated", "majority")
+        return {
+            **_place(cell.block),
+            "method": cell.method,
+            "seed": cell.seed,
+            "budget": cell.budget,
+            **{key: test[key] for key in keys},
+            "learning_rate": cell.config.train.learning_rate if cell.trains else None,
+            **self._cost(),
+            "warnings": self._warnings(),
+            "run": str(self._folder.relative_to(root)),
+        }
+
+    def _warnings(self) -> list[str]:
+        """What the run's mechanisms warn of, by name."""
+        path = self._folder / "mechanisms" / "mechanisms.json"
+        if not self.cell.trains or not path.exists():
+            return []
+        return [str(warning) for warning in json.loads(path.read_bytes())["warnings"]]
+
+    def _cost(self) -> Row:
+        """Tokens trained on, tokens sampled to train on, and the seconds of both, as if nothing had been shared."""
+        if not self.cell.trains:
+            return {"steps": 0, "trained_tokens": 0, "sampled_tokens": 0, "seconds": 0.0}
+        times = json.loads((self._folder / "times.json").read_bytes())
+        metrics: dict[str, list[Metrics]] = {"sample": [], "train": []}
+        seconds = 0.0
+        for stage in stages_of(self.cell):
+            kind = stage.work.rpartition(":")[2]
+            if kind in metrics:
+                metrics[kind].append(read_manifest(self._folder / stage.name).metrics)
+            if kind not in ("problems", "evaluate", "report", "mechanisms"):
+                seconds += times.get(stage.name, 0.0)
+        return {
+            "steps": sum(each["steps"] for each in metrics["train"]),
+            "trained_tokens": sum(each["tokens"] for each in metrics["train"]),
+            "sampled_tokens": sum(each["completion_tokens"] for each in metrics["sample"]),
+            "seconds": round(seconds, 1),
+        }
+
+
+def write_comparison(
+    design: Design, searches: Sequence[Search], results: Sequence[Result], impossible: Mapping[str, str], command: str
+) -> Row:
+    """Write `compare.json` into the comparison's folder. Returns its content."""
+    content = {
+        "name": design.folder.name,
+        "version": metadata.version("orpo-distill"),
+        "command": command,
+        "notes": [*_notes(design, impossible), *_edges(design, searches)],
+        "methods": {name: _about(design, name) for name in [*design.methods, *design.swept()]},
+        "search": [search.row() for search in searches if search.n is not None],
+        "cells": [result.row(design.folder) for result in results],
+        "contrasts": _contrasts(design, results),
+        "trends": _trends(design, results),
+    }
+    write_text(design.folder / "compare.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return content
+
+
+def _place(block: Block) -> Row:
+    return {"block": block.name, "task": block.task, "student": block.student}
+
+
+def _about(design: Design, name: str) -> Row:
+    if name in METHODS:
+        return {"about": METHODS[name].about, "settings": dict(METHODS[name].settings)}
+    key, value = next((s.key, v) for s in design.sweeps for v in s.values if s.method(v) == name)
+    return {"about": f"the config with {key} = {value}", "settings": {key: value}}
+
+
+def _notes(design: Design, impossible: Mapping[str, str]) -> Iterator[str]:
+    """What a reader must know before the figures."""
+    if design.vary_traces:
+        yield "Each seed has its own traces of teacher and initial student, and its own order of training."
+    else:
+        yield (
+            "All seeds share one set of traces of teacher and initial student: intervals over seeds say how another "
+            "order of training would do, not how other traces would."
+        )
+    yield "The problems are fixed: nothing here says how another choice of train problems would do."
+    if any(len(design.rates_of(block)) > 1 for block in design.blocks):
+        yield (
+            "Each method's learning rate was chosen on validation, with the first seed and equal epochs, before test "
+            "problems were read; equal tokens use the same rate."
+        )
+    if "tokens" in design.budgets:
+        yield "Equal tokens: response tokens scored in training, within 5% or a step of what orpo-off has in epochs."
+    if "diverse-cot" not in design.methods and any(most_traces(block.config) == 1 for block in design.blocks):
+        yield "diverse-cot is left out: the teacher has one trace a problem, so it is single-cot."
+    for name, reason in impossible.items():
+        yield f"{name} could not be run: {reason}"
+
+
+def _edges(design: Design, searches: Sequence[Search]) -> Iterator[str]:
+    """Methods whose best learning rate was the lowest or the highest of those tried: another might suit them better."""
+    for block in design.blocks:
+        rates = design.rates_of(block)
+        for edge, word in ((min(rates), "lowest"), (max(rates), "highest")):
+            names = [each.method for each in searches if each.block == block and each.chosen and each.rate == edge]
+            if names and len(rates) > 1:
+                where = f" ({block.name})" if block.name else ""
+                yield f"The {word} learning rate tried, {edge:g}, was the best for {', '.join(names)}{where}."
+
+
+def _contrasts(design: Design, results: Sequence[Result]) -> list[Row]:
+    """Every contrast of every block and budget, the primary ones corrected together."""
+    found = []
+    for block in design.blocks:
+        for budget in design.budgets:
+            here = [result for result in results if result.cell.block == block and result.cell.budget in (budget, None)]
+            for family, pairs in (("primary", PRIMARY), ("exploratory", [*EXPLORATORY, *_swept_pairs(design)])):
+                found += [
+                    {**_place(block), "budget": budget, "family": family, **row}
+                    for a, b in pairs
+                    if (row := _contrast(a, b, here)) is not None
+                ]
+    primary = [row for row in found if row["family"] == "primary"]
+    for row, p in zip(primary, holm([1.0 if row["p"] is None else row["p"] for row in primary]), strict=True):
+        row["p_holm"] = p
+    for row in found:
+        level = ALPHA / len(primary) if row["family"] == "primary" else ALPHA
+        row["smallest"] = smallest_difference(row["n"], row.pop("discordance"), level)
+    return found
+
+
+def _trends(design: Design, results: Sequence[Result]) -> list[Row]:
+    rows = (
+        _trend(sweep, block, budget, results)
+        for sweep in design.sweeps
+        if sweep.is_numeric
+        for block in design.blocks
+        for budget in design.budgets
+    )
+    return [row for row in rows if row is not None]
+
+
+def _swept_pairs(design: Design) -> list[tuple[str, str]]:
+    """Values of a sweep that are no numbers against the first one; numbers have a trend instead."""
+    return [
+        (sweep.method(value), sweep.method(sweep.values[0]))
+        for sweep in design.sweeps
+        if not sweep.is_numeric
+        for value in sweep.values[1:]
+    ]
+
+
+def _contrast(a: str, b: str, results: Sequence[Result]) -> Row | None:
+    """accuracy(a) - accuracy(b) on the same problems, seed by seed. None where there is nothing to compare."""
+    paired = _paired(a, b, results)
+    if not paired:
+        return None
+    scores = [_differences(one, other) for _, one, other in paired]
+    rows = [{"seed": seed, **_one_seed(one, other)} for seed, one, other in paired]
+    judged = estimate(scores)
+    row = {"a": a, "b": b, "n": len(scores[0]), "seeds": rows, "difference": judged.mean}
+    if len(rows) == 1:
+        how = "Newcombe and McNemar, one seed"
+        row |= {key: rows[0][key] for key in ("low", "high", "p")} | {"interval": how, "weak": True}
+    else:
+        row |= _judged(judged)
+    discordance = mean((each["only_a"] + each["only_b"]) / each["n"] for each in rows)
+    return {**row, "p_holm": None, "discordance": discordance}
+
+
+def _judged(judged: Estimate) -> Row:
+    return {"low": judged.low, "high": judged.high, "p": judged.p, "interval": judged.how, "weak": judged.weak}
+
+
+def _paired(a: str, b: str, results: Sequence[Result]) -> list[tuple[int, Result, Result]]:
+    """The seeds that both methods have, with both results. What has no seed stands beside every one."""
+    by_key = {(result.cell.method, result.cell.seed): result for result in results}
+    seeds = sorted({seed for method, seed in by_key if method in (a, b) and seed is not None})
+    both = [[by_key.get((name, seed)) or by_key.get((name, None)) for name in (a, b)] for seed in seeds]
+    return [(seed, one, other) for seed, (one, other) in zip(seeds, both, strict=True) if one and other]
+
+
+def _differences(one: Result, other: Result) -> list[float]:
+    """By problem: 1 where only `one` is right, -1 where only `other` is. Raises DataError for different problems."""
+    if one.right.keys() != other.right.keys():
+        names = f"{one.cell.config.name} and {other.cell.config.name}"
+        raise DataError(f"expected the same test problems in {names}, found different ones; run the comparison again")
+    return [float(right) - float(other.right[problem]) for problem, right in one.right.items()]
+
+
+def _one_seed(one: Result, other: Result) -> Row:
+    """Newcombe's interval and McNemar's test of one seed's difference."""
+    cells = Counter((right, other.right[problem]) for problem, right in one.right.items())
+    only_a, only_b, n = cells[True, False], cells[False, True], len(one.right)
+    low, high = paired_difference(cells[True, True], only_a, only_b, cells[False, False])
+    row = {"n": n, "difference": (only_a - only_b) / n, "low": low, "high": high}
+    return {**row, "only_a": only_a, "only_b": only_b, "p": mcnemar(only_a, only_b)}
+
+
+def _trend(sweep: Sweep, block: Block, budget: str, results: Sequence[Result]) -> Row | None:
+    """One test of a sweep: the slope of accuracy against the setting's value, in accuracy a unit of the value.
+
+    The least-squares slope is a weighted sum of the values' accuracies, so it is judged as a difference is.
+    """
+    here = {
+        (result.cell.method, result.cell.seed): result
+        for result in results
+        if result.cell.block == block and result.cell.budget == budget
+    }
+    seeds = sorted({seed for _, seed in here if seed is not None})
+    methods = [sweep.method(value) for value in sweep.values]
+    whole = [seed for seed in seeds if all((method, seed) in here for method in methods)]
+    if not whole:
+        return None
+    centre = mean(sweep.values)
+    spread = sum((value - centre) ** 2 for value in sweep.values)
+    scores = [
+        [
+            sum(
+                (value - centre) / spread * here[method, seed].right[problem]
+                for value, method in zip(sweep.values, methods, strict=True)
+            )
+            for problem in here[methods[0], seed].right
+        ]
+        for seed in whole
+    ]
+    accuracies = [mean(mean(here[method, seed].right.values()) for seed in whole) for method in methods]
+    judged = estimate(scores)
+    row = {**_place(block), "budget": budget, "key": sweep.key, "values": list(sweep.values), "accuracies": accuracies}
+    return {**row, "seeds": len(whole), "slope": judged.mean, **_judged(judged)}

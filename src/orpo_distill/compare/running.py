@@ -1,0 +1,221 @@
+"""Carry a comparison out: learning rates first, on validation; then equal epochs; then equal trained tokens."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr
+from math import log
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+
+from orpo_distill.compare.cells import Block, Cell, Design
+from orpo_distill.compare.results import Result, Search, write_comparison
+from orpo_distill.compare.tables import render_markdown
+from orpo_distill.config import Config
+from orpo_distill.errors import ConfigError, DataError, Interrupted, RunError
+from orpo_distill.experiment import run
+from orpo_distill.interrupt import signals_raise
+from orpo_distill.launch import device_environment, die_with
+from orpo_distill.page import comparison_page
+from orpo_distill.progress import say
+from orpo_distill.records import write_text
+from orpo_distill.runs import SHARED, RunFolder, disk_errors_explained, read_manifest
+
+REFERENCE = "orpo-off"  # equal tokens are its tokens; without it those of the method that trains on most
+CLOSE = 0.05  # a method whose tokens are this close to those needs no other run
+
+
+def compare(design: Design, jobs: int = 1, command: str = "") -> Path:
+    """Bring a comparison up to date, `jobs` runs at a time. Returns its folder.
+
+    There stand `compare.json`, `compare.md` and `report.html`. Each run is a folder of its own; started again after a
+    kill, everything goes on where it was. A method that a data set cannot have (no wrong traces of the teacher, say) is
+    left out with its reason. Raises OrpoDistillError's children for anything else.
+    """
+    folder = RunFolder(design.folder)
+    with disk_errors_explained(folder.path), folder.lock():
+        (folder.path / SHARED).mkdir(exist_ok=True)
+        runner = Runner(design, jobs)
+        searches = [search for block in design.blocks for search in _search(runner, block)]
+        rates = {(search.block.name, search.method): search.rate for search in searches if search.chosen}
+        baselines = [design.baseline(block) for block in design.blocks]
+        runner(baselines)
+        cells = baselines + [cell for block in design.blocks for cell in _with_budgets(runner, block, rates)]
+        content = write_comparison(design, searches, [Result(cell) for cell in cells], runner.impossible, command)
+        write_text(folder.path / "compare.md", render_markdown(content))
+        write_text(folder.path / "report.html", comparison_page(content))
+    return folder.path
+
+
+def _search(runner: Runner, block: Block) -> list[Search]:
+    """Each method's learning rates with what they reach on validation. A single rate is not measured."""
+    design = runner.design
+    rates, methods = design.rates_of(block), design.trained_methods()
+    if len(rates) == 1:
+        return [Search(block, method, rates[0], chosen=True) for method in methods]
+    if block.config.problems.validation is None:
+        raise ConfigError(
+            "expected validation problems to choose learning rates on, found problems.validation: null; "
+            "name a split, or give one rate with --learning-rates"
+        )
+    cells = {(method, rate): design.searching(block, method, rate) for method in methods for rate in rates}
+    runner(list(cells.values()))
+    found = []
+    for method in methods:
+        tried = [
+            Search(block, method, rate, cell.seed, *_validation(cell))
+            for rate in rates
+            if not runner.failed(cell := cells[method, rate])
+        ]
+        if tried:
+            base = block.config.train.learning_rate
+            best = max(tried, key=lambda each: (each.correct or 0, -abs(log(each.rate / base)), -each.rate))
+            best.chosen = True
+            say(f"{method}: learning rate {best.rate:g} ({best.correct} of {best.n} right on validation)")
+        found += tried
+    return found
+
+
+def _validation(cell: Cell) -> tuple[int, int]:
+    """Problems, and how many were right."""
+    rows = json.loads((cell.config.run_dir / cell.evaluation / "results.json").read_bytes())
+    row = next(row for row in rows if row["split"] == "validation")
+    return row["n"], row["correct"]
+
+
+def _with_budgets(runner: Runner, block: Block, rates: dict[tuple[str, str], float]) -> list[Cell]:
+    """A block's runs: every method and seed with equal epochs, then with as many steps as equal tokens allow."""
+    design, found = runner.design, []
+    methods = [method for method in design.trained_methods() if (block.name, method) in rates]
+    for seed in design.seeds_of(block):
+        epochs = {
+            method: design.trained(block, method, seed, rates[block.name, method], "epochs") for method in methods
+        }
+        runner(list(epochs.values()))
+        done = {method: cell for method, cell in epochs.items() if not runner.failed(cell)}
+        found += list(done.values()) if "epochs" in design.budgets else []
+        if "tokens" in design.budgets and done:
+            tokens = _equal_tokens(design, done)
+            runner(tokens)
+            found += [cell for cell in tokens if not runner.failed(cell)]
+        _free(design)
+    return found
+
+
+def _equal_tokens(design: Design, done: dict[str, Cell]) -> list[Cell]:
+    """The methods (no sweeps) with as many steps a round as bring their trained tokens closest to the reference's."""
+    counts = {method: trained_tokens(cell) for method, cell in done.items()}
+    target = counts[REFERENCE][0] if REFERENCE in counts else max(tokens for tokens, _ in counts.values())
+    cells = []
+    for method, cell in done.items():
+        if method in design.swept():
+            continue
+        tokens, steps = counts[method]
+        rounds = cell.config.rounds
+        a_round = max(1, round(steps / rounds * target / tokens))
+        rate = cell.config.train.learning_rate
+        same = a_round * rounds == steps or abs(tokens - target) <= CLOSE * target
+        cells.append(design.trained(cell.block, method, _of(cell.seed), rate, "tokens", None if same else a_round))
+    return cells
+
+
+def trained_tokens(cell: Cell) -> tuple[int, int]:
+    """Response tokens that a cell's training scored, and its optimizer steps, over all rounds."""
+    folder = cell.config.run_dir
+    metrics = [read_manifest(folder / f"round-{number}" / "train").metrics for number in _rounds(cell)]
+    return sum(each["tokens"] for each in metrics), sum(each["steps"] for each in metrics)
+
+
+def _rounds(cell: Cell) -> range:
+    return range(1, cell.config.rounds + 1)
+
+
+def _of(seed: int | None) -> int:
+    assert seed is not None
+    return seed
+
+
+def _free(design: Design) -> None:
+    """Delete optimizer states that no later seed can need, unless a config keeps all."""
+    if any(block.config.train.keep == "all" for block in design.blocks):
+        return
+    for checkpoint in (design.folder / SHARED).glob("*/checkpoint"):
+        if (checkpoint.parent / "manifest.json").exists():
+            shutil.rmtree(checkpoint)
+
+
+class Runner:
+    """Runs cells, several at a time if asked, and remembers those that the data made impossible."""
+
+    def __init__(self, design: Design, jobs: int) -> None:
+        self.design = design
+        self.impossible: dict[str, str] = {}  # a run's name -> why
+        self._jobs = jobs
+
+    def __call__(self, cells: Sequence[Cell]) -> None:
+        """Bring cells up to date."""
+        calls = [(cell.config, cell.until) for cell in cells]
+        if self._jobs == 1 or len(cells) == 1:
+            self._note(cells, (_run_cell(*each) for each in calls))
+            return
+        spawn = multiprocessing.get_context("spawn")
+        shares = spawn.SimpleQueue()
+        for index in range(self._jobs):
+            shares.put(device_environment(index, self._jobs, 1, "--jobs"))
+        pool = ProcessPoolExecutor(self._jobs, spawn, _begin_worker, (os.getpid(), shares))
+        try:
+            jobs = [pool.submit(_run_quietly, *each) for each in calls]
+            self._note(cells, (job.result() for job in jobs))
+        except BrokenProcessPool as error:
+            raise RunError(
+                f"expected {self._jobs} processes to run a comparison's runs, found that one was killed (out of "
+                "memory?); lower --jobs and run the same command: what was finished is kept"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+
+    def failed(self, cell: Cell) -> bool:
+        """Whether the data made a cell impossible."""
+        return cell.config.name in self.impossible
+
+    def _note(self, cells: Sequence[Cell], found: Iterable[str]) -> None:
+        for number, (cell, reason) in enumerate(zip(cells, found, strict=True), start=1):
+            name = cell.config.name
+            if reason:
+                self.impossible[name] = reason
+            say(f"[{number}/{len(cells)}] {name}: {f'left out: {reason}' if reason else 'done'}")
+
+
+def _run_cell(config: Config, until: str) -> str:
+    """Bring one run up to date. Returns why the data makes it impossible, or nothing."""
+    try:
+        run(config, until)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def _begin_worker(parent: int, shares: SimpleQueue[dict[str, str]]) -> None:
+    """Before anything else in a process that runs cells: its share of the machine, and its end with the parent's."""
+    threading.Thread(target=die_with, args=(parent,), daemon=True).start()
+    os.environ.update(shares.get())
+
+
+def _run_quietly(config: Config, until: str) -> str:
+    """`_run_cell` in a process of its own, whose messages go into the run's `log.txt`."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with (config.run_dir / "log.txt").open("a", encoding="utf-8") as log, redirect_stderr(log):
+        try:
+            with signals_raise():
+                return _run_cell(config, until)
+        except Interrupted as error:
+            os._exit(error.exit_code)  # the pool would go on with the next cell

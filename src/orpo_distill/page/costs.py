@@ -1,0 +1,112 @@
+"""What a run cost: seconds, tokens and, where samples are paid for, money."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orpo_distill.page.blocks import Block, Section, Table, Text, count, duration, number
+from orpo_distill.page.files import Row, RunFiles
+from orpo_distill.page.measures import Measured
+
+MILLION = 1_000_000
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage cost. None where it does not apply or is not known."""
+
+    stage: str
+    seconds: float | None
+    prompt: int | None  # tokens
+    sampled: int | None  # tokens
+    trained: int | None  # tokens
+    money: float | None
+
+
+def costs(files: RunFiles, measured: Sequence[Measured]) -> list[Cost]:
+    """The cost of every stage that is there, in the order of the run."""
+    by_stage = {each.source.stage: each for each in measured}
+    names = [*by_stage, *(f"round-{number}/train" for number in files.rounds), "sft/train", *files.times]
+    found = []
+    for stage in sorted(dict.fromkeys(names), key=_order):
+        each = by_stage.get(stage)
+        seconds = files.times.get(stage)
+        trained = files.metrics(stage).get("tokens") if stage.endswith("/train") else None
+        if each is None and seconds is None and trained is None:
+            continue
+        prompt = each.prompt_tokens if each else None
+        sampled = sum(each.lengths.tokens) if each else None
+        money = _money(files.config, each) if each else None
+        found.append(Cost(stage, seconds, prompt, sampled, trained, money))
+    return found
+
+
+def _order(stage: str) -> tuple[int, int, int]:
+    """Where a stage stands in a run."""
+    head, _, tail = stage.partition("/")
+    first = ["problems", "teacher", "teacher-verdicts", "student-0", "student-0-verdicts", "baseline"]
+    if head.startswith("round-") and head[6:].isdecimal():
+        steps = ["student", "student-verdicts", "pairs", "train", "evaluate"]
+        return 1, int(head[6:]), steps.index(tail) if tail in steps else len(steps)
+    if head in first:
+        return 0, first.index(head), 0
+    last = ["teacher-evaluate", "sft", "mechanisms", "report", "student"]
+    return 2, last.index(head) if head in last else len(last), 0 if tail == "train" else 1
+
+
+def _money(config: Row, measured: Measured) -> float | None:
+    """Tokens times the prices of the config; None without prices."""
+    role = config.get("teacher" if measured.source.policy == "teacher" else "student")
+    sampler: Any = role.get("sampler") if isinstance(role, dict) else None
+    price = sampler.get("price") if isinstance(sampler, dict) else None
+    if not isinstance(price, dict) or not (price.get("prompt") or price.get("completion")):
+        return None
+    prompt = measured.prompt_tokens * (price.get("prompt") or 0)
+    completion = sum(measured.lengths.tokens) * (price.get("completion") or 0)
+    share = price.get("batch", 1) if sampler.get("batch") else 1
+    return float((prompt + completion) * share / MILLION)
+
+
+def total(found: Sequence[Cost]) -> Cost:
+    """The sum of what is known."""
+
+    def add(name: str) -> Any:
+        values = [value for cost in found if (value := getattr(cost, name)) is not None]
+        return sum(values) if values else None
+
+    return Cost("all stages", add("seconds"), add("prompt"), add("sampled"), add("trained"), add("money"))
+
+
+def cost_section(files: RunFiles, measured: Sequence[Measured]) -> Section | None:
+    """The table of costs; None where nothing is known."""
+    found = costs(files, measured)
+    if not found:
+        return None
+    rows = [_cells(cost) for cost in [*found, total(found)]]
+    columns = ["stage", "time", "prompt tokens", "sampled tokens", "trained tokens", "money"]
+    blocks: list[Block] = [Table("Cost by stage", columns, rows, _note(files, found))]
+    usable = files.metrics("teacher").get("money_a_usable_trace")
+    if usable is not None:
+        blocks.append(Text(f"A usable teacher trace came to {number(usable)}, by the ledger."))
+    return Section("cost", "Cost", blocks)
+
+
+def _cells(cost: Cost) -> list[str]:
+    money = "–" if cost.money is None else f"{cost.money:.4f}"
+    return [cost.stage, duration(cost.seconds), count(cost.prompt), count(cost.sampled), count(cost.trained), money]
+
+
+def _note(files: RunFiles, found: Sequence[Cost]) -> str:
+    said = ["Seconds are those that what stands now took to make."]
+    if any(cost.sampled == 0 for cost in found):
+        said.append("Texts whose sampler counts no tokens (recorded, scripted) count as 0.")
+    if any(cost.money is not None for cost in found):
+        said.append(
+            "Money is tokens times the prices of the config, without discounts for cached or reasoning tokens and "
+            "without lost calls; `orpo-distill ledger` says what was billed."
+        )
+    else:
+        said.append("Nothing in this run has a price.")
+    return " ".join(said)

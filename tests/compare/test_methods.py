@@ -1,0 +1,89 @@
+"""Methods as settings over a config: what each changes, and every way to ask for one that is not there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orpo_distill.compare.methods import DEFAULT, METHODS, PRIMARY, configured, parse_methods, parse_sweep
+from orpo_distill.config import Config, parse_config
+from orpo_distill.errors import ConfigError
+from orpo_distill.objectives.orpo import Orpo
+from orpo_distill.objectives.sft import Sft
+
+
+def config(**changes: Any) -> Config:
+    data = {
+        "name": "demo",
+        "task": {"type": "jsonl", "path": "data", "verifier": "number"},
+        "teacher": {"model": "big"},
+        "student": {"model": "small"},
+    }
+    return parse_config(data | changes)
+
+
+def test_the_controls_differ_in_one_thing_each() -> None:
+    off, zero = configured(config(), "orpo-off"), configured(config(), "orpo-zero")
+    assert zero == off.model_copy(update={"objective": Orpo(weight=0.0)})
+    student, teacher = configured(config(), "orpo-student-negatives"), configured(config(), "orpo-teacher-negatives")
+    assert student.pairs.model_copy(update={"negatives_from": "teacher"}) == teacher.pairs
+    assert student.pairs.matched
+
+
+@pytest.mark.parametrize(("phi", "expected"), [(0.25, 0.25), (0, 0.5), (1, 0.5), ([0, 0.2, 0.4, 0.6, 0.8], None)])
+def test_mixed_takes_the_configs_phi_where_it_mixes(phi: Any, expected: float | None) -> None:
+    base = config(pairs={"phi": phi})
+    mixed = configured(base, "orpo-mixed").pairs.phi
+    assert mixed == (base.pairs.phi if expected is None else expected)
+
+
+def test_likelihood_is_measured_as_the_configs_objective_does() -> None:
+    base = config(objective={"type": "orpo", "nll_on": "full", "nll_reduction": "batch_tokens", "weight": 0.3})
+    single = configured(base, "single-cot")
+    assert single.objective == Sft(nll_on="full", nll_reduction="batch_tokens")
+    assert single.pairs.max_chosen == 1
+    assert configured(base, "orpo-on").objective == base.objective
+    assert configured(config(objective="sft"), "orpo-off").objective == Orpo()
+
+
+def test_the_teachers_negatives_bring_their_counterpart() -> None:
+    assert parse_methods("orpo-teacher-negatives", [config()]) == ["orpo-teacher-negatives", "orpo-student-negatives"]
+    named = parse_methods(",".join(DEFAULT), [config()])
+    assert {name for pair in PRIMARY for name in pair} <= set(named)
+    assert named == [name for name in METHODS if name in named]
+
+
+def test_one_trace_a_problem_leaves_no_diversity() -> None:
+    single = config(teacher={"model": "gold", "samples": 1})
+    assert parse_methods("single-cot,diverse-cot", [config(), single]) == ["single-cot"]
+    assert parse_methods("diverse-cot", [config(pairs={"traces": 1})]) == []
+
+
+def test_an_unknown_method_is_named_with_a_guess() -> None:
+    with pytest.raises(ConfigError, match="'orpo-of'; did you mean 'orpo-off'"):
+        parse_methods("orpo-of", [config()])
+
+
+def test_a_sweep_is_rows_of_one_setting() -> None:
+    sweep = parse_sweep("pairs.phi=0, 0.25,1")
+    assert [sweep.method(value) for value in sweep.values] == ["pairs.phi=0", "pairs.phi=0.25", "pairs.phi=1"]
+    assert sweep.is_numeric
+    assert [configured(config(), sweep.method(value), [sweep]).pairs.phi for value in sweep.values] == [0, 0.25, 1]
+    assert parse_sweep("K=2,4").key == "pairs.traces"
+    assert not parse_sweep("pairs.pairing=cycle,random").is_numeric
+    linear = parse_sweep("pairs.phi=0.5,{start: 0, end: 1}")
+    assert configured(config(), linear.method(linear.values[1]), [linear]).pairs.phi.end == 1
+
+
+@pytest.mark.parametrize("text", ["pairs.phi", "pairs.phi=", "pairs.phi=0.5", "pairs.phi=1,1", "K=[1", "=1,2"])
+def test_a_sweep_of_nothing_is_an_error(text: str) -> None:
+    with pytest.raises(ConfigError, match="--sweep"):
+        parse_sweep(text)
+
+
+@pytest.mark.parametrize("text", ["pairs.fi=0,1", "pears.phi=0,1", "seed.x=1,2"])
+def test_a_sweep_of_an_unknown_setting_is_an_error(text: str) -> None:
+    sweep = parse_sweep(text)
+    with pytest.raises(ConfigError):
+        configured(config(), sweep.method(sweep.values[0]), [sweep])
