@@ -53,6 +53,7 @@ _SIZES |= {
     | {"mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1},
 }
 UNUSUAL = tuple(name for name in _SIZES if name not in ARCHITECTURES)
+_SIZES["mixtral"] = {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 2}
 
 
 def tiny_tokenizer(vocab: str = "", chat_template: str | None = None) -> PreTrainedTokenizerFast:

@@ -175,3 +175,25 @@ def test_a_wrong_key_is_one_message_without_the_key(tmp_path: Path) -> None:
         "error: sampler.api_key_env: expected the environment variable MY_KEY to be set, found that it is not; "
         "export MY_KEY=..."
     )
+
+
+def test_every_command_that_may_pay_takes_a_ledger(tmp_path: Path) -> None:
+    """What `eval` bought stands there, under an account of its own, and a second time nothing is bought."""
+    ledger = tmp_path / "mine.sqlite"
+    with faulty_server(right=1) as server:
+        teacher = {"model": "faulty", "samples": 2, "sampler": {"type": "openai", "base_url": server.base_url}}
+        path = write(tmp_path, teacher, scripted(tmp_path), "{question}")
+        asked = f"{{type: jsonl, path: {tmp_path / 'data'}, verifier: number, prompt: '{{question}}'}}"
+        sampler = f"{{type: openai, base_url: '{server.base_url}'}}"
+        for _ in range(2):
+            done = cli("eval", "faulty", "--task", asked, "--sampler", sampler, "--ledger", ledger)
+            assert done.returncode == 0 and json.loads(done.stdout)["correct"] == 4, done.stderr
+            assert server.stats()["requests"] == 4
+        assert query(ledger, "SELECT account, calls FROM accounts") == [("eval", 4)]
+        mine = tmp_path / "mine.jsonl"
+        mine.write_text(json.dumps({"id": "p0", "text": "mine"}) + "\n")
+        assert "imported 1 texts" in cli("import", path, mine, "--ledger", ledger).stdout
+        run = tmp_path / "runs" / "demo"
+        done = cli("export", run, "--form", "batch", "--out", tmp_path / "out.jsonl", "--ledger", ledger)
+        assert "for 15 missing teacher texts" in done.stdout, done.stderr
+        assert "--ledger" in cli("quickstart", "--help").stdout

@@ -6,22 +6,27 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from orpo_distill.billing import export_ledger, forecast, ledger_table
+from orpo_distill.billing import export_ledger, forecast, ledger_table, nothing_bought
 from orpo_distill.config import Config, parse_config
 from orpo_distill.errors import ConfigError, RunError
+from orpo_distill.experiment import run
 from orpo_distill.ledger import Asked, Ledger, Plan, Spent, Usage
-from orpo_distill.records import Problem, Trace, write_jsonl
+from orpo_distill.plan import plan
+from orpo_distill.records import FinishReason, Message, Problem, Trace, write_jsonl
+from orpo_distill.samplers.asking import Asking
+from orpo_distill.sampling import prompt_id_of
 from tests.checkpoints import save_tiny_checkpoint
+from tests.servers import faulty_server
 
 
 def filled(folder: Path) -> Path:
     """A ledger with a call of two samples, an unknown one, its repetition and a void one."""
     path = folder / "ledger.sqlite"
-    plan = Plan(Asked("http://e/v1", "m", '{"prompt": "é"}'), (0, 1), Spent(0.5, 50, 1))
+    asked = Plan(Asked("http://e/v1", "m", '{"prompt": "é"}'), (0, 1), Spent(0.5, 50, 1))
     other = Plan(Asked("http://e/v1", "m", "{}"), (0,), Spent(0.25, 25, 1))
     with Ledger(path) as ledger:
         first, unseen = ledger.transaction(
-            [lambda one: one.begin(plan, "a", {}), lambda one: one.begin(other, "a", {})]
+            [lambda one: one.begin(asked, "a", {}), lambda one: one.begin(other, "a", {})]
         )
         ledger.transaction(
             [
@@ -74,10 +79,16 @@ def test_export_as_lines_and_parquet(tmp_path: Path) -> None:
 
 
 def test_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"expected a ledger at .*nothing, found none; name it with --ledger PATH"):
-        ledger_table(tmp_path / "nothing")
+    assert nothing_bought(tmp_path / "nothing") == (
+        f"nothing bought yet: there is no ledger at {tmp_path / 'nothing'} (--ledger PATH names another)"
+    )
+    (tmp_path / "text").write_text("Dear diary, " * 400)
+    with pytest.raises(RunError, match=r"not a database; this is no ledger .*: name another file \(--ledger PATH"):
+        ledger_table(tmp_path / "text")
+    path = filled(tmp_path)
+    assert nothing_bought(path) is None
     with pytest.raises(ConfigError, match=r"expected a file that ends in \.jsonl or \.parquet, found"):
-        export_ledger(filled(tmp_path), tmp_path / "out.csv", "samples")
+        export_ledger(path, tmp_path / "out.csv", "samples")
     assert not (tmp_path / "nothing").exists()
 
 
@@ -104,35 +115,101 @@ def bill(config: Config) -> dict[str, tuple[str, str]]:
     return {name: (expected, most) for name, expected, most in forecast(config)[1:]}
 
 
-def test_before_anything_is_bought_the_bill_is_a_bound(tmp_path: Path) -> None:
-    """48 calls; the prompt is [{"role": "user", "content": "What is 0 + 0?"}]: 47 or 49 bytes, so 16 or 17 thirds."""
+def test_before_anything_is_bought_the_bill_says_what_is_a_guess_and_what_a_maximum(tmp_path: Path) -> None:
+    """48 calls; the prompt is [{"role": "user", "content": "What is 0 + 0?"}]: 47 or 49 bytes, so 16 or 17 thirds.
+
+    At most it is the request's bytes, and what a server may put around it: as the budget counts.
+    """
     found = bill(experiment(tmp_path, budget={"money": 3}))
     prompt = 4 * (10 * 16 + 2 * 17)
+    request = '{"max_tokens": 50, "messages": [{"content": "What is 0 + 0?", "role": "user"}], "model": "m", '
+    most = 4 * (12 * (len(request + '"temperature": 0.8}') + 256 + 16) + 2 * 2)
     assert found == {
-        "teacher: samples": ("48 of 48 (0 bought already)", "48 calls"),
-        "teacher: prompt tokens": ("", f"{prompt} (bytes / 3: a bound)"),
+        "teacher: samples": ("48 of 48 (0 in the run, 0 in the ledger)", "48 calls"),
+        "teacher: prompt tokens": (f"{prompt} (bytes / 3, a guess)", f"{most} (bytes)"),
         "teacher: completion tokens": ("not measured: run --pilot N", "2400"),
-        "teacher: money": ("", f"{(prompt * 10 + 2400 * 100) / 1e6:.4f}"),
-        "teacher: budget": ("", "3 money"),
+        "teacher: money": ("", f"{(most * 10 + 2400 * 100) / 1e6:.4f}"),
+        "teacher: budget": ("enough", "3 money, 0 used up"),
     }
+
+
+def test_a_budget_that_will_not_do_is_warned_of(tmp_path: Path) -> None:
+    """0.43 at most; once lengths are measured (10 and 20 tokens), up to 0.12 expected. What is used up counts."""
+    config = experiment(tmp_path, budget={"money": 0.3, "calls": 47}, account="a")
+    assert bill(config)["teacher: budget"] == (
+        ("WARNING: not enough, the stage will stop before its end", "47 calls, 0 used up")
+    )
+    config = experiment(tmp_path, budget={"money": 0.3}, account="a")
+    assert bill(config)["teacher: budget"][0] == "may be reached: then the stage stops before its end"
+    (config.run_dir / "teacher").mkdir(parents=True)
+    write_jsonl(
+        config.run_dir / "teacher" / "traces.partial.jsonl",
+        (Trace(str(n), "p", "teacher", n, "text", completion_tokens=10 * n) for n in (1, 2)),
+    )
+    assert bill(config)["teacher: budget"][0] == "may be reached: then the stage stops before its end"
+    begun = Plan(Asked("e", "m", "{}"), (0,), Spent(0.25, 50, 1))
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.transaction([lambda one: one.begin(begun, "a", {})])
+    assert bill(config)["teacher: budget"] == (
+        ("WARNING: not enough, the stage will stop before its end", "0.3 money, 0.25 used up")
+    )
+
+
+def test_what_stands_in_the_run_is_not_to_be_bought_and_waves_are_known_by_their_temperatures(tmp_path: Path) -> None:
+    """Waves of 4 up to 12, the second at another temperature; two imported texts, one that failed, one bought."""
+    config = experiment(tmp_path)
+    waved = parse_config(
+        config.model_dump(mode="json")
+        | {"teacher": {**config.model_dump(mode="json")["teacher"], "stop_at": 2, "max_samples": 12}}
+        | {"ledger": str(tmp_path / "ledger.sqlite")}
+    )
+    waved = waved.model_copy(update={"teacher": waved.teacher.model_copy(update={"temperatures": (0.7, 1.1)})})
+    assert bill(waved)["teacher: samples"] == ("144 of 144 (0 in the run, 0 in the ledger)", "144 calls")
+    options = next(stage.options for stage in plan(waved) if stage.name == "teacher")
+    messages = (Message("user", "What is 3 + 3?"),)
+    (config.run_dir / "teacher").mkdir(parents=True)
+    prompt = prompt_id_of(messages)
+    good = [Trace(str(n), "train3", "teacher", n, "text", prompt_id=prompt) for n in (0, 5)]
+    failed = Trace("f", "train3", "teacher", 1, "", FinishReason.ERROR, error="cut", prompt_id=prompt)
+    write_jsonl(config.run_dir / "teacher" / "traces.partial-import.jsonl", [*good, failed])
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        for temperature, index in ((0.7, 2), (1.1, 6), (0.7, 7)):  # the last one is no sample of its wave
+            decoding = options.decoding.model_copy(update={"temperature": temperature})
+            asked = Asking(options.sampler, "m", decoding).asked(messages)
+            (attempt,) = ledger.transaction([lambda one, a=asked, i=index: one.begin(Plan(a, (i,), Spent()), "x", {})])
+            ledger.transaction([lambda one, a=attempt: one.settle(a, ['{"text": "x"}'], [1], Usage(1, 1), 0.0)])
+    assert bill(waved)["teacher: samples"] == ("140 of 144 (2 in the run, 2 in the ledger)", "140 calls")
 
 
 def test_several_samples_a_call_a_tokenizer_and_batches_are_cheaper(tmp_path: Path) -> None:
     tokenizer = str(save_tiny_checkpoint(tmp_path / "tokenizer"))
     plain, cheap = bill(experiment(tmp_path, tokenizer=tokenizer)), bill(experiment(tmp_path, n=True, batch=True))
-    assert "bound" not in plain["teacher: prompt tokens"][1]
+    assert plain["teacher: prompt tokens"][0].endswith(" (tokenizer)")
     assert cheap["teacher: samples"][1] == "12 calls"
-    assert cheap["teacher: prompt tokens"][1].startswith(f"{10 * 16 + 2 * 17} ")
-    assert float(cheap["teacher: money"][1]) == pytest.approx(((10 * 16 + 2 * 17) * 10 + 240_000) / 2e6, abs=1e-4)
+    assert cheap["teacher: prompt tokens"][0].startswith(f"{10 * 16 + 2 * 17} ")
+    most = int(cheap["teacher: prompt tokens"][1].split()[0])
+    assert float(cheap["teacher: money"][1]) == pytest.approx((most * 10 + 240_000) / 2e6, abs=1e-4)
 
 
 def test_traces_measure_and_what_is_bought_is_free(tmp_path: Path) -> None:
-    """Lengths of 10 and 20 tokens: mean 15, standard error 5, so 5.2 to 24.8 a sample."""
+    """Lengths of 10 and 20 tokens: mean 15, standard error 5, so 5.2 to 24.8 a sample, rounded up in sum."""
     config = experiment(tmp_path)
     (config.run_dir / "teacher").mkdir(parents=True)
     traces = (Trace(str(n), "p", "teacher", n, "text", completion_tokens=10 * n) for n in (1, 2))
     write_jsonl(config.run_dir / "teacher" / "traces.partial.jsonl", traces)
-    assert bill(config)["teacher: completion tokens"] == ("250 to 1190", "2400")
+    assert bill(config)["teacher: completion tokens"] == ("250 to 1191", "2400")
+
+
+def test_a_stage_that_is_finished_buys_nothing_more(tmp_path: Path) -> None:
+    """Also where its stop rule would have allowed more samples."""
+    script = {"type": "scripted", "default": ["The answer is 0."]}
+    settings = experiment(tmp_path).model_dump(mode="json")
+    with faulty_server(right=1) as server:
+        sampler = {"type": "openai", "base_url": server.base_url}
+        teacher = {**settings["teacher"], "model": "faulty", "stop_at": 1, "max_samples": 12, "sampler": sampler}
+        config = parse_config({**settings, "teacher": teacher, "student": {"model": "s", "sampler": script}})
+        run(config, until="teacher")
+    assert bill(config)["teacher: samples"][0].startswith("0 of 144 (144 in the run")
 
 
 def test_a_task_on_the_hub_is_known_once_its_problems_are(tmp_path: Path) -> None:
@@ -141,7 +218,7 @@ def test_a_task_on_the_hub_is_known_once_its_problems_are(tmp_path: Path) -> Non
     assert forecast(hub)[1][0] == "teacher: not known yet"
     (hub.run_dir / "problems").mkdir(parents=True)
     write_jsonl(hub.run_dir / "problems" / "problems.jsonl", [Problem("a", "What is 1 + 1?", "2")])
-    assert bill(hub)["teacher: samples"] == ("4 of 4 (0 bought already)", "4 calls")
+    assert bill(hub)["teacher: samples"] == ("4 of 4 (0 in the run, 0 in the ledger)", "4 calls")
 
 
 def test_a_run_that_pays_for_nothing_has_no_bill(tmp_path: Path) -> None:

@@ -67,6 +67,14 @@ def test_an_override_reaches_into_a_component_named_by_a_word(smallest: Path) ->
         (["teacher.decoding.temperature=0"], ["teacher.decoding.temperature > 0"]),
         (["no-equals-sign"], ["expected key=value, found 'no-equals-sign'"]),
         (["name=../../etc"], ["name"]),
+        (["train="], ["expected a value behind train=, found none; write train=null for no value"]),
+        (["train=7"], ["train: expected settings ({key: value, ...}), found 7"]),
+        (
+            ["teacher.sampler={type: openai, base_url: 'http://x', price: 3, timeout: long}"],
+            ["teacher.sampler.price: expected settings", "teacher.sampler.timeout: expected a number, found 'long'"],
+        ),
+        (["rounds=many", "teacher.prefix=[1]"], ["rounds: expected a whole number", "teacher.prefix: expected text"]),
+        (["rounds=0"], ["rounds: expected a number greater than 0, found 0"]),
     ],
     ids=str,
 )
@@ -92,7 +100,7 @@ def test_quoted_text_that_looks_like_a_number_stays_text(smallest: Path) -> None
     [
         ("- a list\n", "expected a mapping"),
         ("name: [unclosed\n", "expected YAML"),
-        ("name: x\n", "task: expected a value"),
+        ("name: x\n", "task: expected one of arc_challenge, .* or module:Class, found none; add it"),
     ],
 )
 def test_a_file_that_is_no_config_is_one_message(tmp_path: Path, text: str, words: str) -> None:

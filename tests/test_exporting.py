@@ -10,10 +10,14 @@ from orpo_distill.errors import ConfigError, DataError, RunError
 from orpo_distill.experiment import run
 from orpo_distill.exporting import Format, export_rows
 from orpo_distill.importing import import_texts
+from orpo_distill.ledger import Ledger, Plan, Spent, Usage
 from orpo_distill.models import load_model, load_tokenizer
-from orpo_distill.records import Message, Pair, read_jsonl, write_jsonl
+from orpo_distill.plan import plan
+from orpo_distill.records import FinishReason, Message, Pair, Trace, read_jsonl, write_jsonl
 from orpo_distill.runs import Asked, Manifest, RunFolder
+from orpo_distill.samplers.asking import Asking
 from orpo_distill.samplers.prompts import encode_prompt
+from orpo_distill.sampling import prompt_id_of
 from tests import test_end_to_end as end_to_end
 from tests import test_importing
 from tests.checkpoints import CHAT_TEMPLATE, save_tiny_checkpoint
@@ -311,3 +315,31 @@ def test_trl_trains_on_it(tmp_path: Path, form: Format, template: str | None) ->
     assert trainer.train().training_loss > 0
     assert trainer.state.global_step == 2
     assert not before.equal(model.lm_head.weight.detach())
+
+
+def test_batch_asks_neither_for_what_the_ledger_holds_nor_leaves_out_what_failed(tmp_path: Path) -> None:
+    """Bought by another run, at the first wave's temperature; the run's own sample 1 of p2 has failed."""
+    api = "{type: openai, base_url: 'http://127.0.0.1:9/v1'}"
+    waves = "stop_at: 2, max_samples: 6, temperatures: [0.7, 1.1]"
+    teacher = f"teacher={{model: m, samples: 3, sampler: {api}, prefix: Think first., {waves}}}"
+    config = test_importing.experiment(tmp_path, teacher, f"ledger={tmp_path / 'ledger.sqlite'}")
+    run(config, until="problems")
+    options = next(stage.options for stage in plan(config) if stage.name == "teacher")
+    asking = Asking(options.sampler, "m", options.decoding.model_copy(update={"temperature": 0.7}))
+    prompts = {f"p{n}": (Message("user", f"Think first.\n\nQ: What is {n} plus {n}?"),) for n in range(5)}
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        for name, index in [("p0", 0), ("p0", 1), ("p0", 2), ("p1", 1)]:
+            begun = Plan(asking.asked(prompts[name]), (index,), Spent())
+            (attempt,) = ledger.transaction([lambda one, begun=begun: one.begin(begun, "x", {})])
+            choice = json.dumps({"message": {"content": "mine"}})
+            ledger.transaction([lambda one, a=attempt, c=choice: one.settle(a, [c], [1], Usage(1, 1), 0.0)])
+    (config.run_dir / "teacher").mkdir()
+    failed = Trace("f", "p2", "teacher", 1, "", FinishReason.ERROR, error="cut", prompt_id=prompt_id_of(prompts["p2"]))
+    good = Trace("g", "p2", "teacher", 0, "x", prompt_id=prompt_id_of(prompts["p2"]))
+    write_jsonl(config.run_dir / "teacher" / "traces.partial.jsonl", [good, failed])
+    out = tmp_path / "requests.jsonl"
+    said = export_rows(config.run_dir, "batch", out)
+    assert "wrote 5 requests for 10 missing teacher texts" in said and "4 more stand in the ledger" in said
+    asked = [(one["custom_id"], one["body"]["n"], one["body"]["temperature"]) for one in lines(out)]
+    assert asked == [("p1#0", 1, 0.7), ("p1#2", 1, 0.7), ("p2#1", 2, 0.7), ("p3#0", 3, 0.7), ("p4#0", 3, 0.7)]
+    assert "for 14 missing" in export_rows(config.run_dir, "batch", out, ledger=tmp_path / "another.sqlite")

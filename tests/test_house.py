@@ -35,7 +35,7 @@ ROWS = [
     {"mixing", "groups", "diversity", "forms"},
     {"tasks", "samplers", "objectives"},
     {"verifiers", "models", "ledger"},
-    {"component", "records", "progress", "interrupt"},
+    {"component", "records", "progress", "interrupt", "ledger_file"},
     {"errors"},
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}

@@ -196,15 +196,42 @@ def test_texts_of_no_problem_are_an_error(tmp_path: Path, rows: list[dict[str, s
     assert not stage(config).exists()
 
 
-def test_a_malformed_row_leaves_everything_as_it_was(tmp_path: Path) -> None:
+def test_malformed_rows_are_skipped_and_the_first_is_named(tmp_path: Path) -> None:
+    """Of any kind, the first row of a file among them; where all are, nothing is touched."""
     config = experiment(tmp_path)
     good = write(tmp_path, {"id": "p1", "text": "mine"}, name="good.jsonl")
-    bad = write(tmp_path, {"id": "p1", "text": "mine"}, {"id": "p2"}, name="bad.jsonl")
-    with pytest.raises(DataError, match=r"bad\.jsonl:2"):
-        import_texts(config, [good, bad], "teacher")
+    bad = write(
+        tmp_path, "{", {"id": "p2"}, {"id": "p2", "texts": ["one", 2]}, "[1]", {"id": "p3", "text": "x"}, name="b"
+    )
+    hopeless = write(tmp_path, {"id": "p2"}, {"words": "x"}, name="hopeless.jsonl")
+    with pytest.raises(DataError, match=r"found none: 2 malformed \(the first: .*hopeless\.jsonl:1: expected columns"):
+        import_texts(config, [hopeless], "teacher")
     assert not stage(config).exists()
+    said = import_texts(config, [good, bad], "teacher")
+    assert said.startswith("imported 3 texts for 3 problems")
+    assert f"skipped 4: 4 malformed (the first: {bad}:1: expected a JSON object" in said
+    assert imported(config) == {"p1": {0: "mine"}, "p2": {0: "one"}, "p3": {0: "x"}}
+
+
+def test_samples_that_failed_are_filled(tmp_path: Path) -> None:
+    """Also those of a finished stage, which then goes on; what has not failed stays."""
+    config = experiment(tmp_path)
+    (tmp_path / "replies.jsonl").write_text(json.dumps({"id": "p0", "texts": replies("p0", 3)}) + "\n")
+    run(config, until="teacher")
+    assert [trace.error != "" for trace in traces(config)] == [False] * 3 + [True] * 12
+    import_texts(config, [write(tmp_path, {"id": "p1", "texts": ["a", "b"]})], "teacher")
+    assert imported(config) == {"p1": {0: "a", 1: "b"}}
+    run(config, until="teacher")
+    assert [trace.text for trace in traces(config)[:6]] == [*replies("p0", 3), "a", "b", ""]
+    assert not (stage(config) / PARTIAL).exists()
+
+
+def test_a_file_that_is_not_there_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    config = experiment(tmp_path)
+    good = write(tmp_path, {"id": "p1", "text": "mine"}, name="good.jsonl")
     with pytest.raises(DataError, match="nowhere"):
         import_texts(config, [good, tmp_path / "nowhere"], "teacher")
+    assert not stage(config).exists()
 
 
 def prompts(kind: str, number: int) -> Any:

@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 from orpo_distill.errors import RunError
-from orpo_distill.ledger import Asked, BudgetReached, Busy, Ledger, Plan, Spent, Usage, default_path
+from orpo_distill.ledger import Asked, BudgetReached, Busy, Ledger, Left, Plan, Spent, Usage, reading
+from orpo_distill.ledger_file import default_path
 from tests.servers import ROOT
 
 ASKED = Asked("https://api.example", "big", '{"messages": []}')
@@ -283,7 +285,7 @@ def test_a_newer_ledger_is_left_alone(path: Path) -> None:
     Ledger(path).close()
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA user_version = 7")
-    with pytest.raises(RunError, match=r"expected a ledger of version 1 at .*, found one of version 7; use the orpo-"):
+    with pytest.raises(RunError, match=r"expected a ledger of version 2 at .*, found one of version 7; use the orpo-"):
         Ledger(path)
     assert rows(path, "PRAGMA user_version") == [(7,)]
 
@@ -355,3 +357,63 @@ def test_the_ledger_stands_in_the_users_data_folder(monkeypatch: pytest.MonkeyPa
     assert default_path() == tmp_path / "orpo-distill" / "ledger.sqlite"
     monkeypatch.delenv("XDG_DATA_HOME")
     assert default_path() == Path.home() / ".local" / "share" / "orpo-distill" / "ledger.sqlite"
+
+
+def test_a_batch_that_nobody_waits_for_is_told_from_one_that_somebody_does(path: Path) -> None:
+    with Ledger(path) as first:
+        do(first, lambda one: one.begin(Plan(ASKED, (0, 1), MOST), "run", {}, "batch"))
+        with Ledger(path) as second, pytest.raises(Busy) as caught:
+            begin(second, 1)
+        assert not isinstance(caught.value, Left)
+    with Ledger(path) as third, pytest.raises(Left):
+        begin(third, 1)
+
+
+def make_version_1(path: Path) -> None:
+    """A ledger as version 1 wrote it, with one settled and one open attempt."""
+    with Ledger(path) as ledger:
+        settle(ledger, begin(ledger, 0), "zero", usage=Usage(7, 20), money=0.125)
+        begin(ledger, 1)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("ALTER TABLE attempts DROP COLUMN price")
+        connection.execute("PRAGMA user_version = 1")
+        connection.commit()
+
+
+def test_a_ledger_of_version_1_is_read_as_it_is_and_brought_up_to_date_to_be_written(path: Path) -> None:
+    make_version_1(path)
+    with reading(path) as books:
+        assert books.spent("run") == Spent(0.625, 127, 2)
+        assert books.samples(ASKED.key)[0].completion_tokens == 10
+    assert rows(path, "PRAGMA user_version") == [(1,)]
+    with Ledger(path) as ledger:
+        assert do(ledger, lambda one: one.begin(Plan(ASKED, (2,), MOST, "dear"), "run", {})) == 3
+        settle(ledger, 2, "one", usage=Usage(1, 1), money=0.0)
+        assert texts(ledger) == {0: "zero", 1: "one"}
+    assert rows(path, "PRAGMA user_version") == [(2,)]
+    assert rows(path, "SELECT price FROM attempts ORDER BY id") == [("",), ("",), ("dear",)]
+    Ledger(path).close()
+
+
+def test_who_reads_waits_for_no_writer_and_holds_up_none(path: Path) -> None:
+    with Ledger(path, patience=0.1) as ledger, closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        settle(ledger, begin(ledger, 0), "zero", usage=Usage(1, 2), money=0.25)
+        writer.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        with reading(path) as books:
+            assert books.spent("run") == Spent(0.25, 3, 1)
+            writer.execute("ROLLBACK")
+            begin(ledger, 1)
+            assert books.spent("run").calls == 2
+        assert time.monotonic() - began < 2
+    assert list((path.parent / "ledger.sqlite-sessions").iterdir()) == []
+
+
+def test_a_lock_that_stays_is_no_reason_to_make_room(path: Path) -> None:
+    with Ledger(path, patience=0.1) as ledger, closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        with pytest.raises(RunError, match="found: database is locked; another process keeps it locked") as caught:
+            begin(ledger, 0)
+        assert "make room" not in str(caught.value)
+        writer.execute("ROLLBACK")
+        begin(ledger, 0)

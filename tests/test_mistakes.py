@@ -1,6 +1,5 @@
 """Every mistake a user can make is one message (expected, found, do), a non-zero exit code, and no traceback."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -124,9 +123,53 @@ def test_a_run_folder_that_is_none(tmp_path: Path) -> None:
     one_message(cli("status", tmp_path), "run folder")
 
 
-def test_lines_that_verify_cannot_read(tmp_path: Path) -> None:
-    done = cli("verify", "--verifier", "number", stdin=json.dumps({"text": "x"}) + "\n")
-    one_message(done, "line 1", "answer")
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "x"}', "found: no answer"),
+        ('{"answer": "1"}', "found: no text"),
+        ('{"text": 3, "answer": "1"}', "found: text '3', which is no text"),
+        ("[1]", "found: list '[1]'"),
+    ],
+)
+def test_lines_that_verify_cannot_read(line: str, words: str) -> None:
+    done = cli("verify", "--verifier", "number", stdin=line + "\n")
+    one_message(done, "line 1: expected JSON with text and answer", words)
+
+
+def test_a_setting_without_a_value_and_a_task_without_a_verifier(tmp_path: Path) -> None:
+    path = experiment(tmp_path)
+    words = "expected a value behind teacher.prefix=, found none; write teacher.prefix=null"
+    one_message(cli("check", path, "teacher.prefix="), words, code=2)
+    done = cli("eval", tmp_path / "tiny", "--task", "jsonl", "--path", tmp_path / "data")
+    words = (
+        "--task: verifier: expected one of choice, exact, math, number, yes_no or module:Class, found none; add it: "
+    )
+    one_message(done, words + "--task '{type: jsonl, verifier: ...}'", code=2)
+
+
+def test_check_names_the_settings_whose_checkpoints_are_missing(tmp_path: Path) -> None:
+    done = cli("check", experiment(tmp_path), "student.model=./no", "teacher={model: ./neither}", "task.path=nowhere")
+    one_message(done, "teacher.model: expected", "student.model: expected", "task: expected a data set", code=2)
+
+
+def test_check_prints_the_bill_before_it_asks_for_the_key(tmp_path: Path) -> None:
+    teacher = "{model: m, sampler: {type: openai, base_url: 'http://127.0.0.1:9/v1', api_key_env: NO_SUCH_KEY}}"
+    done = cli("check", experiment(tmp_path), f"teacher={teacher}", "--ledger", tmp_path / "none.sqlite")
+    one_message(done, "api_key_env: expected the environment variable NO_SUCH_KEY to be set", code=2)
+    assert "teacher: samples" in done.stdout and "round-1/train" in done.stdout
+
+
+def test_a_ledger_before_the_first_purchase(tmp_path: Path) -> None:
+    done = cli("ledger", "--ledger", tmp_path / "none.sqlite")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"nothing bought yet: there is no ledger at {tmp_path / 'none.sqlite'}")
+    (tmp_path / "text.sqlite").write_text("Dear diary, " * 400)
+    done = cli("ledger", "--ledger", tmp_path / "text.sqlite")
+    one_message(
+        done, "file is not a database", "this is no ledger and stays as it is: name another file (--ledger PATH)"
+    )
+    assert "make room" not in done.stderr
 
 
 @pytest.mark.parametrize("limit", [700, 5_000, 100_000])

@@ -7,24 +7,29 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
 from orpo_distill.config import Config
-from orpo_distill.errors import ConfigError, RunError, missing_extra
-from orpo_distill.ledger import Ledger, default_path
+from orpo_distill.errors import ConfigError, missing_extra
+from orpo_distill.execution import state
+from orpo_distill.ledger import Books, Spent, reading
+from orpo_distill.ledger_file import default_path
 from orpo_distill.plan import plan
+from orpo_distill.progress import say
 from orpo_distill.records import Problem, Trace, atomic_file, read_jsonl
-from orpo_distill.runs import Stage
+from orpo_distill.runs import RunFolder, Stage
 from orpo_distill.samplers import Request
 from orpo_distill.samplers.asking import Asking
-from orpo_distill.samplers.openai import OpenAI
-from orpo_distill.sampling import whole_lines, with_prefix
+from orpo_distill.samplers.openai import OpenAI, amount
+from orpo_distill.samplers.unsaved import waiting
+from orpo_distill.sampling import Standing, prompt_id_of, whole_lines, with_prefix
 from orpo_distill.stages.evaluate import EvaluateOptions
 from orpo_distill.stages.problems import ProblemsOptions
 from orpo_distill.stages.problems import problems as make_problems
-from orpo_distill.stages.sample import SampleOptions
+from orpo_distill.stages.sample import SampleOptions, waves
 from orpo_distill.tasks import take
 
 Table = list[tuple[str, ...]]
@@ -45,7 +50,33 @@ ROWS: dict[What, str] = {
     " received FROM samples JOIN asked USING (key) ORDER BY attempt, sample_index",
     "attempts": "SELECT attempts.*, endpoint, model FROM attempts JOIN asked USING (key) ORDER BY id",
 }
-LETTERS_A_TOKEN = 3  # bytes; ordinary text has more, so that counts made with it are bounds
+LETTERS_A_TOKEN = 3  # bytes: a guess. English has more, digits, code and other scripts may have fewer
+
+
+@dataclass
+class _Need:
+    """What a stage asks for: its samples, those that need not be bought, and the requests for the others."""
+
+    samples: int = 0
+    standing: int = 0  # in the stage's folder, sampled or imported
+    bought: int = 0  # in the ledger
+    calls: int = 0
+    prompt: int = 0  # tokens of all requests' prompts, by the tokenizer or by a guess
+    most_prompt: int = 0  # at a token a byte, as the budget counts
+
+    @property
+    def missing(self) -> int:
+        return self.samples - self.standing - self.bought
+
+
+def nothing_bought(path: Path | None) -> str | None:
+    """The words for a ledger that does not exist yet; None for one that does."""
+    path = _path(path)
+    if not path.exists():
+        return f"nothing bought yet: there is no ledger at {path} (--ledger PATH names another)"
+    with reading(path) as books:
+        (attempts,) = books.connection.execute("SELECT count(*) FROM attempts").fetchone()
+    return None if attempts else f"nothing bought yet with the ledger {path}"
 
 
 def ledger_table(path: Path | None) -> Table:
@@ -54,9 +85,11 @@ def ledger_table(path: Path | None) -> Table:
     `unknown` calls may have been paid for and came to nothing or to an unreadable bill: their money is the most they
     can have cost. `again` counts samples asked for once more after such a call: the only ones that may be paid twice.
     """
-    with _opened(path) as ledger:
-        rows = ledger.connection.execute(SUMMARY).fetchall()
-        names = [column[0] for column in ledger.connection.execute(SUMMARY).description]
+    with reading(_path(path)) as books:
+        found = books.connection.execute(SUMMARY)
+        names, rows = [column[0] for column in found.description], found.fetchall()
+    if held := waiting(_path(path)):
+        say(f"  replies that could not be saved stand in {', '.join(map(str, held))}: the next run takes them in")
     shown = [tuple(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row) for row in rows]
     return [tuple(name.replace("_", " ") for name in names), *shown]
 
@@ -65,19 +98,14 @@ def export_ledger(path: Path | None, out: Path, what: What) -> int:
     """Write all samples or attempts to a .jsonl or .parquet file; how many. Raises RunError or ConfigError."""
     if out.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(f"expected a file that ends in .jsonl or .parquet, found {out}")
-    with _opened(path) as ledger:
-        ledger.connection.row_factory = sqlite3.Row
-        rows = map(dict, ledger.connection.execute(ROWS[what]))
+    with reading(_path(path)) as books:
+        books.connection.row_factory = sqlite3.Row
+        rows = map(dict, books.connection.execute(ROWS[what]))
         return _write_lines(rows, out) if out.suffix == ".jsonl" else _write_parquet(rows, out)
 
 
-@contextmanager
-def _opened(path: Path | None) -> Iterator[Ledger]:
-    path = (path or default_path()).expanduser()
-    if not path.is_file():
-        raise RunError(f"expected a ledger at {path}, found none; name it with --ledger PATH")
-    with Ledger(path) as ledger:
-        yield ledger
+def _path(path: Path | None) -> Path:
+    return (path or default_path()).expanduser()
 
 
 def _write_lines(rows: Iterator[dict[str, Any]], out: Path) -> int:
@@ -102,55 +130,104 @@ def _write_parquet(rows: Iterator[dict[str, Any]], out: Path) -> int:
 
 
 def forecast(config: Config) -> Table:
-    """What stages that pay for their samples will come to, a line for each kind of cost; empty if none does."""
+    """What stages that pay for their samples will come to, a line for each kind of cost; empty if none does.
+
+    `at most` counts as the budget does: prompts at a token a byte, completions at their limit. What is bought again
+    after calls of unknown cost is in neither column.
+    """
     lines: Table = []
+    ahead: dict[tuple[str, str], list[float]] = {}  # account and limit -> expected and most, of the stages so far
     for stage in plan(config):
-        if isinstance(stage.options, SampleOptions | EvaluateOptions) and isinstance(stage.options.sampler, OpenAI):
-            lines += _of_stage(config, stage, stage.options, stage.options.sampler)
+        options = stage.options
+        if isinstance(options, SampleOptions | EvaluateOptions) and isinstance(options.sampler, OpenAI):
+            lines += _of_stage(config, stage, options, options.sampler, ahead)
     return [("bill", "expected", "at most"), *lines] if lines else []
 
 
-def _of_stage(config: Config, stage: Stage, options: SampleOptions | EvaluateOptions, sampler: OpenAI) -> Table:
-    samples = _most_samples(options) if isinstance(options, SampleOptions) else 1
+def _of_stage(
+    config: Config,
+    stage: Stage,
+    options: SampleOptions | EvaluateOptions,
+    sampler: OpenAI,
+    ahead: dict[tuple[str, str], list[float]],
+) -> Table:
     problems = _problems(config, options)
     if not problems:
         return [(f"{stage.name}: not known yet", "", "run --until problems, or --pilot N, then check again")]
-    requests = [
-        Request(problem.id, index, with_prefix(options.task.messages(problem), options.prefix), 0)
-        for problem in problems
-        for index in range(samples)
-    ]
-    asking = Asking(sampler, options.model or "", options.decoding)
-    tokens = _counter(sampler.tokenizer)
-    bought = calls = prompt = 0
-    with _maybe(sampler.ledger_path) as ledger:
-        for ask in asking.asks(requests):
-            stands = ledger.samples(ask.asked.key).keys() & ask.requests.keys() if ledger else set()
-            missing = len(ask.requests) - len(stands)
-            bought += len(stands)
-            times = min(missing, 1) if sampler.n else missing
-            calls += times
-            prompt += times * tokens(json.dumps(ask.body.get("messages", ask.body.get("prompt")), ensure_ascii=False))
-    missing = len(requests) - bought
-    most = missing * options.decoding.max_new_tokens
-    mean = _measured(config.run_dir / stage.name)
-    expected = [f"{missing * end:.0f}" for end in mean] if mean else []
-    bound = "" if sampler.tokenizer else f" (bytes / {LETTERS_A_TOKEN}: a bound)"
+    need, name = _need(config, stage, options, sampler, problems), stage.name
+    most = need.missing * options.decoding.max_new_tokens
+    mean = _measured(config.run_dir / name) if need.missing else (0.0, 0.0)
+    likely = [ceil(need.missing * end) for end in mean] if mean else []
+    there = f"{need.standing} in the run, {need.bought} in the ledger"
+    how = "tokenizer" if sampler.tokenizer else f"bytes / {LETTERS_A_TOKEN}, a guess"
     lines: Table = [
-        (f"{stage.name}: samples", f"{missing} of {len(requests)} ({bought} bought already)", f"{calls} calls"),
-        (f"{stage.name}: prompt tokens", "", f"{prompt}{bound}"),
-        (f"{stage.name}: completion tokens", " to ".join(expected) or "not measured: run --pilot N", str(most)),
+        (f"{name}: samples", f"{need.missing} of {need.samples} ({there})", f"{need.calls} calls"),
+        (f"{name}: prompt tokens", f"{need.prompt} ({how})", f"{need.most_prompt} (bytes)"),
+        (f"{name}: completion tokens", " to ".join(map(str, likely)) or "not measured: run --pilot N", str(most)),
     ]
     if sampler.price.most(1, 1):
-        spans = [f"{sampler.most(prompt, ceil(missing * end)).money:.4f}" for end in mean] if mean else []
-        lines.append((f"{stage.name}: money", " to ".join(spans), f"{sampler.most(prompt, most).money:.4f}"))
+        spans = [f"{sampler.most(need.prompt, end).money:.4f}" for end in likely]
+        lines.append((f"{name}: money", " to ".join(spans), f"{sampler.most(need.most_prompt, most).money:.4f}"))
+    expected = replace(sampler.most(need.prompt, likely[-1]) if likely else Spent(), calls=need.calls)
+    at_most = replace(sampler.most(need.most_prompt, most), calls=need.calls)
+    return lines + _budget(name, sampler, expected, at_most, ahead)
+
+
+def _budget(
+    name: str, sampler: OpenAI, expected: Spent, most: Spent, ahead: dict[tuple[str, str], list[float]]
+) -> Table:
+    """A line for each limit: what is used up of it, and whether it will do for this stage and those before."""
+    with _maybe(sampler.ledger_path) as books:
+        spent = books.spent(sampler.account) if books else Spent()
+    lines: Table = []
     for limit, value in sampler.budget.limits.items():
-        lines.append((f"{stage.name}: budget", "", f"{value:g} {limit}"))
+        so_far = ahead.setdefault((sampler.account, limit), [0.0, 0.0])
+        for place, part in enumerate((expected, most)):
+            so_far[place] += getattr(part, limit)
+        left = value - getattr(spent, limit)
+        verdict = "enough"
+        if so_far[0] > left:
+            verdict = "WARNING: not enough, the stage will stop before its end"
+        elif so_far[1] > left:
+            verdict = "may be reached: then the stage stops before its end"
+        lines.append((f"{name}: budget", verdict, f"{amount(value)} {limit}, {amount(getattr(spent, limit))} used up"))
     return lines
 
 
-def _most_samples(options: SampleOptions) -> int:
-    return options.stopping.most if options.stopping else options.samples
+def _need(
+    config: Config,
+    stage: Stage,
+    options: SampleOptions | EvaluateOptions,
+    sampler: OpenAI,
+    problems: Sequence[Problem],
+) -> _Need:
+    """What the stage has and lacks: wave by wave, for each has its own temperature and with it other samples."""
+    need, tokens, run = _Need(), _counter(sampler.tokenizer), RunFolder(config.run_dir)
+    finished = run.asked(stage.name) is not None and state(stage, run) == "finished"
+    standing = Standing(run.of(stage.name))
+
+    def lacks(one: Request) -> bool:
+        key = one.problem_id, one.sample_index, prompt_id_of(one.messages)
+        return not finished and standing.lacks(key, failed=True)
+
+    prompts = [(problem.id, with_prefix(options.task.messages(problem), options.prefix)) for problem in problems]
+    waved = list(waves(options)) if isinstance(options, SampleOptions) else [(range(1), options.decoding)]
+    with _maybe(sampler.ledger_path) as books:
+        for indices, decoding in waved:
+            requests = [Request(name, index, messages, 0) for name, messages in prompts for index in indices]
+            for ask in Asking(sampler, options.model or "", decoding).asks(requests):
+                need.samples += len(ask.requests)
+                lacking = [index for index, one in ask.requests.items() if lacks(one)]
+                need.standing += len(ask.requests) - len(lacking)
+                bought = books.samples(ask.asked.key).keys() if books and lacking else ()
+                missing = [index for index in lacking if index not in bought]
+                need.bought += len(lacking) - len(missing)
+                times = min(len(missing), 1) if sampler.n else len(missing)
+                need.calls += times
+                text = json.dumps(ask.body.get("messages", ask.body.get("prompt")), ensure_ascii=False)
+                need.prompt += times * tokens(text) if times else 0
+                need.most_prompt += times * ask.most_prompt
+    return need
 
 
 def _problems(config: Config, options: SampleOptions | EvaluateOptions) -> Sequence[Problem]:
@@ -192,9 +269,9 @@ def _counter(tokenizer: str) -> Any:
 
 
 @contextmanager
-def _maybe(path: Path) -> Iterator[Ledger | None]:
+def _maybe(path: Path) -> Iterator[Books | None]:
     if not path.is_file():
         yield None
         return
-    with Ledger(path) as ledger:
-        yield ledger
+    with reading(path) as books:
+        yield books

@@ -45,9 +45,12 @@ def _items(verifier: Verifier, lines: Iterable[str]) -> Iterator[Item]:
 
 
 def _item(verifier: Verifier, case: Any, name: str) -> Item:
+    if not isinstance(case, dict):
+        raise ValueError(f"{type(case).__name__} {str(case)[:40]!r}")
     for field in TEXT_FIELDS:
-        if not isinstance(case[field] if field != "question" else case.get(field, ""), str):
-            raise ValueError(f"{field} must be a text")
+        found = case.get(field, "" if field == "question" else None)
+        if not isinstance(found, str):
+            raise ValueError(f"no {field}" if found is None else f"{field} {str(found)[:40]!r}, which is no text")
     problem = Problem(name, case.get("question", ""), case["answer"], tuple(case.get("choices") or ()))
     verifier.check_gold(problem)
     return problem, Trace(name, name, "", 0, case["text"], FinishReason(case.get("finish_reason", "stop")))

@@ -81,10 +81,14 @@ def check(
     from orpo_distill.preview import plan_table, rendered
 
     settings = load_config(config, _with_ledger(overrides, ledger))
-    _print_table(plan_table(settings))
+    table, missing = plan_table(settings)
+    _print_table(table)
     _print_bill(settings)
     if show:
         print(rendered(settings, show))
+    if missing:
+        sys.stdout.flush()
+        raise ConfigError(missing)
 
 
 @app.command(name="ledger")
@@ -94,9 +98,11 @@ def show_ledger(
     what: Annotated[Literal["samples", "attempts"], typer.Option(help="what to export")] = "samples",
 ) -> None:
     """Say what was bought from APIs, by day and model: calls, tokens, money, and what may have been paid unseen."""
-    from orpo_distill.billing import export_ledger, ledger_table
+    from orpo_distill.billing import export_ledger, ledger_table, nothing_bought
 
-    if export is None:
+    if (words := nothing_bought(ledger)) is not None:
+        print(words)
+    elif export is None:
         _print_table(ledger_table(ledger))
     else:
         say(f"{export_ledger(ledger, export, what)} {what} in {export}")
@@ -155,6 +161,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="the split to answer")] = "test",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
     sampler: Annotated[str, typer.Option(help="a sampler's name, or its options as YAML")] = "hf",
+    ledger: LedgerPath = None,
 ) -> None:
     """Measure a model on a task; prints JSON with n, correct, accuracy, low, high."""
     from orpo_distill.stages.evaluate import evaluate_model
@@ -163,7 +170,7 @@ def evaluate(
     if path is not None:
         spec["path"] = str(path)
     decoding = Decoding(temperature=0.0, max_new_tokens=max_new_tokens)
-    engine = parse_component(Sampler, _spec(sampler), "--sampler")
+    engine = parse_component(Sampler, _spec(sampler), "--sampler").for_run("eval", ledger)
     print(json.dumps(evaluate_model(model, parse_component(Task, spec, "--task"), engine, decoding, split, limit)))
 
 
@@ -185,12 +192,14 @@ def import_(
     policy: Annotated[str, typer.Option(help="who wrote the texts: teacher or student-0")] = "teacher",
     form: Annotated[Form | None, typer.Option(help="what the files hold; found out from their content")] = None,
     redo: Redo = None,
+    ledger: LedgerPath = None,
 ) -> None:
     """Put texts you already own into a run; the next `run` samples only what is missing."""
     files, overrides = _files_and_settings(items)
     if not files:
         raise ConfigError("expected files of texts behind the config, found none; name at least one")
-    print(import_texts(load_config(config, overrides), [Path(file) for file in files], policy, form, redo or ()))
+    settings = load_config(config, _with_ledger(overrides, ledger))
+    print(import_texts(settings, [Path(file) for file in files], policy, form, redo or ()))
 
 
 @app.command()
@@ -199,9 +208,10 @@ def export(
     form: Annotated[Format, typer.Option(help="whose format; batch: requests for missing teacher texts")],
     out: Annotated[Path, typer.Option(help="the file to write, .jsonl or .parquet")],
     number: Annotated[int | None, typer.Option("--round", min=1, help="default: the last one with pairs")] = None,
+    ledger: LedgerPath = None,
 ) -> None:
     """Write a run's pairs in the format of another trainer, or requests for the teacher's missing texts."""
-    print(export_rows(folder, form, out, number))
+    print(export_rows(folder, form, out, number, ledger))
 
 
 @app.command()
@@ -216,9 +226,10 @@ def report(
 
 
 @app.command()
-def quickstart(overrides: Overrides = None, redo: Redo = None, keep: Keep = None) -> None:
+def quickstart(overrides: Overrides = None, redo: Redo = None, keep: Keep = None, ledger: LedgerPath = None) -> None:
     """Run the whole job on the embedded tiny teacher and student (about 1 minute on 2 CPU cores)."""
-    _print_results(run_experiment(_config("quickstart", overrides or ()), None, redo or (), keep or ()))
+    settings = _config("quickstart", _with_ledger(overrides, ledger))
+    _print_results(run_experiment(settings, None, redo or (), keep or ()))
 
 
 @app.callback(invoke_without_command=True)

@@ -7,7 +7,7 @@ the method; all others are part of the fingerprint of the stages that they reach
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -24,6 +24,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from orpo_distill.component import SPEED_ONLY, Component, Options, component_class
 from orpo_distill.errors import ConfigError
@@ -266,13 +267,16 @@ def _validate(model: type[M], data: dict[str, Any], where: str) -> M:
     except ValidationError as error:
         # A default that could not be computed follows from another error.
         found = [item for item in error.errors() if item["type"] != "default_factory_not_called"]
-        raise ConfigError([where + _explain(item, model, data) for item in found]) from error
+        problems = [where + _explain(item, model, data) + _how_to_add(item, where, data) for item in found]
+        raise ConfigError(problems) from error
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"expected key=value, found {override!r}; for instance train.learning_rate=1e-5")
+    if not text.strip():
+        raise ConfigError(f"expected a value behind {key}=, found none; write {key}=null for no value, or '{key}=\"\"'")
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
@@ -285,6 +289,20 @@ def _apply(data: dict[str, Any], override: str) -> None:
         data[parent] = child if isinstance(child, dict) else {}
         data = data[parent]
     data[last] = value
+
+
+WANTED = {  # in a user's words, by the kind of pydantic's error
+    "model": "expected settings ({key: value, ...})",
+    "model_attributes": "expected settings ({key: value, ...})",
+    "dict": "expected settings ({key: value, ...})",
+    "string": "expected text",
+    "int": "expected a whole number",
+    "float": "expected a number",
+    "bool": "expected true or false",
+    "list": "expected a list",
+    "tuple": "expected a list",
+    "path": "expected a path",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -319,24 +337,58 @@ def _explain(error: Any, model: type[BaseModel], data: Any) -> str:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{where}: unknown key{hint}"
     if error["type"] == "missing":
-        return f"{where}: expected a value, found none; add it to the config"
+        return f"{where}: expected {_wanted(model, location, data)}, found none; add it"
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    message = re.sub(r"^input should be (?=greater|less)", "expected a number ", message)
+    message = re.sub(r"^input should (be|have|match) ", "expected ", message)
+    message = WANTED.get(error["type"].partition("_parsing")[0].removesuffix("_type"), message)
     message = message if "found" in message else f"{message}, found {error['input']!r}"
     return f"{where}: {message}" if where else message
 
 
+def _how_to_add(error: Any, where: str, data: Mapping[str, Any]) -> str:
+    """How an option that is missing is written on the command line, behind the flag `where`."""
+    if not where or error["type"] != "missing":
+        return ""
+    return f": {where.removesuffix(': ')} '{{type: {data.get('type')}, {error['loc'][-1]}: ...}}'"
+
+
+def _wanted(model: type[BaseModel], location: Sequence[str], data: Any) -> str:
+    """What a key stands for that is missing: the names of its family, where it has one."""
+    field = _field(model, location, data)
+    for kind in _classes(field.annotation if field else None):
+        if issubclass(kind, Component) and kind.types:
+            return f"one of {', '.join(sorted(kind.types))} or module:Class"
+    return "a value"
+
+
 def _known_keys(model: type[BaseModel], location: Sequence[str], data: Any) -> list[str]:
     """The keys that are known at a place of the settings."""
+    found = _model_at(model, location, data)
+    return list(found.model_fields) if found else []
+
+
+def _field(model: type[BaseModel], location: Sequence[str], data: Any) -> FieldInfo | None:
+    """The field at a place of the settings, None where no model has it."""
+    found = _model_at(model, location[:-1], data)
+    return found.model_fields.get(location[-1]) if found and location else None
+
+
+def _model_at(model: type[BaseModel], location: Sequence[str], data: Any) -> type[BaseModel] | None:
+    """The model whose keys stand at a place of the settings: of a component, the one that is named there."""
     if issubclass(model, Component) and "types" in model.__dict__:
-        name = data.get("type", "") if isinstance(data, dict) else str(data)
-        model = component_class(model, name)
+        name = data.get("type", model.default_type) if isinstance(data, dict) else str(data)
+        try:
+            model = component_class(model, name)
+        except ValueError:  # named in an error of its own
+            return None
     if not location:
-        return list(model.model_fields)
+        return model
     field = model.model_fields.get(location[0])
     kinds = [kind for kind in _classes(field.annotation if field else None) if issubclass(kind, BaseModel)]
     inner = data.get(location[0]) if isinstance(data, dict) else None
-    return _known_keys(kinds[0], location[1:], inner) if kinds else []
+    return _model_at(kinds[0], location[1:], inner) if kinds else None
 
 
 def _classes(annotation: Any) -> list[type[Any]]:

@@ -26,6 +26,10 @@ class ConfigError(OrpoDistillError, ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class MissingVariable(ConfigError):
+    """An environment variable is not set, such as the one that holds a key: the settings themselves may be right."""
+
+
 class DataError(OrpoDistillError, ValueError):
     """Problems, traces or pairs are missing, malformed, or leave nothing to train on."""
 

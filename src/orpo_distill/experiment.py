@@ -18,6 +18,7 @@ from orpo_distill.plan import plan, select
 from orpo_distill.progress import say
 from orpo_distill.records import write_text
 from orpo_distill.runs import Metrics, RunFolder, Stage, disk_errors_explained, environment
+from orpo_distill.stages.problems import said_dropped
 
 
 def run(config: Config, until: str | None = None, redo: Sequence[str] = (), keep: Sequence[str] = ()) -> Path:
@@ -129,4 +130,5 @@ def _brief(stage: Stage, metrics: Metrics) -> str:
         for split, row in metrics.items()
         if isinstance(row, dict) and "accuracy" in row and "n" in row and "split" in row
     ]
-    return ", ".join([*counts, *scores]) or "done"
+    dropped = said_dropped(metrics.get("dropped") or {}) if "train_available" in metrics else ""
+    return ", ".join([*counts, *scores, *([dropped] if dropped else [])]) or "done"

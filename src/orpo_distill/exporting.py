@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -24,12 +25,14 @@ from orpo_distill.config import Config, load_config
 from orpo_distill.errors import ConfigError, DataError, RunError, missing_extra
 from orpo_distill.execution import state
 from orpo_distill.forms import plain_prompt
+from orpo_distill.ledger import reading
 from orpo_distill.plan import plan
 from orpo_distill.records import Message, Pair, Problem, atomic_file, read_jsonl
 from orpo_distill.runs import RunFolder, disk_errors_explained
 from orpo_distill.samplers.asking import Asking
 from orpo_distill.samplers.openai import OpenAI
 from orpo_distill.sampling import Standing, prompt_id_of, with_prefix
+from orpo_distill.stages.sample import SampleOptions, waves
 
 Format = Literal["trl", "trl-messages", "llama-factory", "ms-swift", "parquet", "batch"]
 Row = dict[str, Any]
@@ -38,12 +41,13 @@ MOST_CHOICES = 128  # texts that one request may ask for
 PARQUET_ROWS = 1024  # rows written at once
 
 
-def export_rows(path: Path, form: Format, out: Path, number: int | None = None) -> str:
+def export_rows(path: Path, form: Format, out: Path, number: int | None = None, ledger: Path | None = None) -> str:
     """Write what `form` says of the run folder `path` to the file `out`. Returns in words what was written.
 
-    `number` is the round whose pairs are meant; without it, the last one whose pairs are finished. Raises RunError
-    where they are not, or if no text is missing; ConfigError for a file name that readers would not know; DataError for
-    prompts that the format cannot hold.
+    `number` is the round whose pairs are meant; without it, the last one whose pairs are finished. `ledger` is that of
+    paid calls, if it is not the one that the run names: texts that stand there are not asked for. Raises RunError where
+    pairs are not finished, or if no text is missing; ConfigError for a file name that readers would not know; DataError
+    for prompts that the format cannot hold.
     """
     suffix = ".parquet" if form == "parquet" else ".jsonl"
     if out.suffix != suffix:
@@ -54,7 +58,7 @@ def export_rows(path: Path, form: Format, out: Path, number: int | None = None) 
         if form == "batch":
             if number is not None:
                 raise ConfigError("expected no --round with --form batch, which asks for the teacher's missing texts")
-            return _write_batch(config, run, out)
+            return _write_batch(config if ledger is None else config.model_copy(update={"ledger": ledger}), run, out)
         number, pairs = _pairs_of(run, number)
         counts: Counter[str] = Counter()
         counted = _counted(pairs, counts)
@@ -200,35 +204,55 @@ def _write_batch(config: Config, run: RunFolder, out: Path) -> str:
             f"expected the problems of {run.path} to be chosen, found that they are not; "
             "do `orpo-distill run CONFIG --until problems` first"
         )
-    requests = list(_requests(config, run))
+    owned: Counter[str] = Counter()
+    requests = list(_requests(config, run, owned))
     texts = sum(request["body"]["n"] for request in requests)
+    known = f"; {owned.total()} more stand in the ledger, `orpo-distill run` takes them from there" if owned else ""
     if not requests:
         raise RunError(
-            f"expected teacher samples that {run.of('teacher')} lacks, found all of them there; raise teacher.samples"
+            f"expected teacher samples that {run.of('teacher')} lacks, found none that is not owned{known}; raise "
+            "teacher.samples"
         )
     _write_rows(requests, out)
     return (
-        f"wrote {len(requests)} requests for {texts} missing teacher texts to {out}\n"
+        f"wrote {len(requests)} requests for {texts} missing teacher texts to {out}{known}\n"
         f"when the answers are there: orpo-distill import CONFIG ANSWERS.jsonl"
     )
 
 
-def _requests(config: Config, run: RunFolder) -> Iterator[Row]:
-    """A request for each gap in a problem's samples; its id says where the gap begins."""
-    standing, teacher = Standing(run.of("teacher")), config.teacher
-    api = teacher.sampler if isinstance(teacher.sampler, OpenAI) else OpenAI(base_url="https://api.openai.com/v1")
-    asking = Asking(api, teacher.model, teacher.decoding)
-    for problem in read_jsonl(run.of("problems") / "problems.jsonl", Problem):
-        messages = with_prefix(config.task.messages(problem), teacher.prefix)
-        prompt = prompt_id_of(messages)
-        missing = [index for index in range(teacher.samples) if (problem.id, index, prompt) not in standing]
-        for first, count in _gaps(missing):
-            yield {
-                "custom_id": f"{problem.id}#{first}",
-                "method": "POST",
-                "url": api.path,
-                "body": {**asking.body(messages), "n": count},
-            }
+def _requests(config: Config, run: RunFolder, owned: Counter[str]) -> Iterator[Row]:
+    """A request for each gap in a problem's samples; its id says where the gap begins.
+
+    Samples that failed are gaps; those that the ledger holds are not, and are counted in `owned` by problem.
+    """
+    options = next(stage.options for stage in plan(config) if stage.name == "teacher")
+    assert isinstance(options, SampleOptions)
+    standing, sampler, (indices, decoding) = Standing(run.of("teacher")), options.sampler, next(waves(options))
+    api = sampler if isinstance(sampler, OpenAI) else OpenAI(base_url="https://api.openai.com/v1")
+    asking = Asking(api, str(options.model), decoding)
+    with ExitStack() as stack:
+        ledger = stack.enter_context(reading(api.ledger_path)) if api is sampler and api.ledger_path.is_file() else None
+        for problem in read_jsonl(run.of("problems") / "problems.jsonl", Problem):
+            messages = with_prefix(config.task.messages(problem), options.prefix)
+            lacking = [
+                index for index in indices if standing.lacks((problem.id, index, prompt_id_of(messages)), failed=True)
+            ]
+            bought = ledger.samples(asking.asked(messages).key).keys() if ledger else ()
+            if found := len(set(lacking).intersection(bought)):
+                owned[problem.id] = found
+            yield from _rows_of_gaps(problem.id, [index for index in lacking if index not in bought], asking, messages)
+
+
+def _rows_of_gaps(
+    problem_id: str, missing: Sequence[int], asking: Asking, messages: Sequence[Message]
+) -> Iterator[Row]:
+    for first, count in _gaps(missing):
+        yield {
+            "custom_id": f"{problem_id}#{first}",
+            "method": "POST",
+            "url": asking.path,
+            "body": {**asking.body(messages), "n": count},
+        }
 
 
 def _gaps(missing: Sequence[int]) -> Iterator[tuple[int, int]]:

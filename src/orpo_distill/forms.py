@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +22,8 @@ from orpo_distill.samplers.lines import read_objects
 Form = Literal["traces", "texts", "trl", "batch"]
 Side = Literal["chosen", "rejected"]
 Prompt = tuple[Message, ...] | str
+Skip = Callable[[DataError], None]
+"""What is told of a row that is passed over."""
 
 _REASONS = {
     FinishReason.STOP: ("stop", "eos", "end_turn", "stop_sequence"),
@@ -48,23 +49,32 @@ class Text:
     paired: bool = False  # from a row of pairs: the same text again is the same sample in another pair
 
 
-def read_texts(path: Path, form: Form | None, side: Side) -> Iterator[Text]:
-    """The texts of a file; of a row of pairs, those of one side. Raises DataError with the row's place."""
-    rows = read_rows(path)
-    if not (first := next(rows, None)):
-        raise DataError(f"expected texts in {path}, found an empty file; check the path")
-    read = _READERS[form or _form(*first)]
-    for place, fields in chain([first], rows):
-        yield from read(place, fields, side)
+def read_texts(path: Path, form: Form | None, side: Side, skip: Skip | None = None) -> Iterator[Text]:
+    """The texts of a file; of a row of pairs, those of one side. Raises DataError with the row's place.
+
+    With `skip` a malformed row is passed over; `skip` is told. A file all of whose rows are is an error.
+    """
+    seen = 0
+    for place, fields in read_rows(path, skip):
+        seen += 1
+        try:
+            form = form or _form(place, fields)
+            yield from _READERS[form](place, fields, side)
+        except DataError as error:
+            if skip is None:
+                raise
+            skip(error)
+    if not seen:
+        raise DataError(f"expected texts in {path}, found an empty file, or no row that can be read; check the path")
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path, skip: Skip | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row's columns that are not null, with its place. Raises DataError, or ConfigError without pyarrow."""
     if not path.is_file():
         raise DataError(f"expected a file of texts at {path}, found none; check the path")
     with path.open("rb") as file:
         is_parquet = file.read(4) == b"PAR1"
-    for place, fields in _parquet_rows(path) if is_parquet else read_objects(path):
+    for place, fields in _parquet_rows(path) if is_parquet else read_objects(path, skip):
         yield place, {name: value for name, value in fields.items() if value is not None}
 
 

@@ -39,6 +39,7 @@ PARTIAL = "traces.partial-import.jsonl"
 
 # Why a text is skipped.
 UNKNOWN, OTHER, FAILED, EMPTY = "of no train problem of this run", "by another policy", "failed", "empty"
+MALFORMED = "malformed"
 THERE, REPEATED = "there already", "repeated in other pairs"
 
 
@@ -49,9 +50,10 @@ def import_texts(
 
     Brings the stage `problems` up to date first. A text becomes the sample it was asked for, or else the first one that
     its problem lacks; what comes after `samples` is kept until that is raised. Equal texts of a problem are skipped as
-    often as the stage has them already, so that importing a file twice adds nothing. Before anything is written, raises
-    DataError if a row is malformed or none belongs to a train problem, RunError if the stage is finished or stale
-    (naming it in `redo` sets the old one aside), ConfigError for a policy that is not sampled.
+    often as the stage has them already, so that importing a file twice adds nothing; malformed rows are skipped and
+    counted. A sample that failed is one that its problem lacks. Before anything is written, raises DataError if no row
+    belongs to a train problem, RunError if the stage is stale, or finished without failures (naming it in `redo` sets
+    the old one aside), ConfigError for a policy that is not sampled.
     """
     stages = plan(config)
     stage, options = _stage(stages, policy)
@@ -69,6 +71,7 @@ def import_texts(
         if replaced and (old := folder.supersede(policy)):
             say(f"{policy}: the old traces are kept in {old}")
         _begin(stage, folder)
+        (folder.of(policy) / "manifest.json").unlink(missing_ok=True)  # one with failed samples goes on
         return importer.write(files, folder.of(policy))
 
 
@@ -92,12 +95,16 @@ def _refuse_stale(stages: Sequence[Stage], folder: RunFolder, redo: Sequence[str
 
 
 def _refuse_finished(stage: Stage, folder: RunFolder) -> None:
-    if state(stage, folder) == "finished":
+    if state(stage, folder) == "finished" and not _has_failed(folder.of(stage.name)):
         role = stage.name.partition("-")[0]
         raise RunError(
             f"expected that {folder.of(stage.name)} lacks traces, found it finished; raise {role}.samples to add more, "
             f"or add --redo {stage.name} to begin anew with these texts (the old ones are kept in superseded/)"
         )
+
+
+def _has_failed(out: Path) -> bool:
+    return any(trace.finish_reason is FinishReason.ERROR for trace in read_jsonl(out / "traces.jsonl", Trace))
 
 
 def _begin(stage: Stage, folder: RunFolder) -> None:
@@ -151,7 +158,7 @@ class _Importer:
         self._later = 0  # imported as samples that are not asked for yet
 
     def check(self, files: Sequence[Path]) -> None:
-        """Read everything once. Raises DataError for a malformed row, or if no text could be imported."""
+        """Read everything once. Raises DataError if no text could be imported."""
         matched = sum(1 for path in files for _ in self._usable(path))
         if not matched:
             raise DataError(
@@ -202,7 +209,7 @@ class _Importer:
 
     def _usable(self, path: Path) -> Iterator[tuple[str, Text]]:
         """A file's texts that are somebody's, with their problems; the others are counted."""
-        for text in read_texts(path, self._form, self._side):
+        for text in read_texts(path, self._form, self._side, self._skip_row):
             name = self._problem(text)
             if text.policy not in ("", self._options.policy):
                 self._skip(OTHER, text)
@@ -224,13 +231,15 @@ class _Importer:
         return next((self._by_prompt[key] for key in keys if self._by_prompt.get(key)), "")
 
     def _read_standing(self, out: Path) -> None:
-        """Take note of the traces of the stage's folder that answer the prompts of now."""
+        """Take note of the traces of the stage's folder that answer the prompts of now, but for those that failed."""
         ids = {name: prompt_id_of(samples.messages) for name, samples in self._samples.items()}
         partials = sorted(out.glob("traces.partial*.jsonl"))
         for path in partials:
             repair_torn_line(path)
         for path in (out / "traces.jsonl", *partials, out / "traces.spare.jsonl"):
             for trace in read_jsonl(path, Trace) if path.exists() else ():
+                if trace.finish_reason is FinishReason.ERROR:
+                    continue
                 samples = self._samples.get(trace.problem_id)
                 if samples and trace.prompt_id == ids[trace.problem_id] and trace.sample_index not in samples.taken:
                     samples.taken.add(trace.sample_index)
@@ -241,6 +250,10 @@ class _Importer:
         prompt = text.prompt if isinstance(text.prompt, str) else _last_said(text.prompt)
         found = {OTHER: text.policy, UNKNOWN: text.problem_id or prompt[:60]}.get(reason)
         self._first.setdefault(reason, f"{found!r} at {text.where}" if found is not None else text.where)
+
+    def _skip_row(self, error: DataError) -> None:
+        self._skipped[MALFORMED] += 1
+        self._first.setdefault(MALFORMED, str(error))
 
     def _reasons(self) -> str:
         return ", ".join(f"{number} {why} (the first: {self._first[why]})" for why, number in self._skipped.items())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from orpo_distill.config import Config
-from orpo_distill.errors import ConfigError, OrpoDistillError
+from orpo_distill.errors import ConfigError, MissingVariable, OrpoDistillError
 from orpo_distill.mixing import phi_of_round
 from orpo_distill.models import checkpoint_folder
 from orpo_distill.plan import plan
@@ -18,7 +19,7 @@ from orpo_distill.runs import Stage
 from orpo_distill.samplers.hf import HF
 from orpo_distill.samplers.vllm import VLLM
 from orpo_distill.sampling import with_prefix
-from orpo_distill.stages.problems import ProblemsOptions
+from orpo_distill.stages.problems import ProblemsOptions, said_dropped
 from orpo_distill.stages.problems import problems as make_problems
 from orpo_distill.tasks import take
 
@@ -30,10 +31,24 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 
-def plan_table(config: Config) -> Table:
-    """Stages with their sizes. Loads a local data set, but no model. Raises ConfigError with every problem found."""
-    train, test = _checked_counts(config)
-    return [("stage", "size"), *((stage.name, _size(stage, config, train, test)) for stage in plan(config))]
+@dataclass(frozen=True)
+class Counts:
+    """How many problems there are to train and to test on (None: all of a data set on the hub), and were left out."""
+
+    train: int | None
+    test: int | None
+    dropped: str = ""  # in words
+
+
+def plan_table(config: Config) -> tuple[Table, list[str]]:
+    """Stages with their sizes. Loads a local data set, but no model. Raises ConfigError with every problem found.
+
+    Variables that the environment lacks, such as keys, are no such problem: they come behind the table, in words.
+    """
+    missing: list[str] = []
+    counts = _checked_counts(config, missing)
+    table: Table = [("stage", "size"), *((stage.name, _size(stage, config, counts)) for stage in plan(config))]
+    return table, list(dict.fromkeys(missing))
 
 
 def rendered(config: Config, count: int) -> str:
@@ -71,35 +86,35 @@ def _training_row(config: Config, problem: Problem, tokenizer: PreTrainedTokeniz
     ]
 
 
-def _checked_counts(config: Config) -> tuple[int | None, int | None]:
-    """Numbers of train and test problems of a local data set, None for one on the hub."""
+def _checked_counts(config: Config, missing: list[str]) -> Counts:
     problems: list[str] = []
 
-    def attempt(check: Callable[[A], T], argument: A) -> T | None:
+    def attempt(check: Callable[[A], T], argument: A, where: str) -> T | None:
         try:
             return check(argument)
+        except MissingVariable as error:
+            missing.append(str(error))
+            return None
         except OrpoDistillError as error:
-            problems.append(str(error))
+            problems.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
             return None
 
-    attempt(checkpoint_folder, config.student.model)
     if isinstance(config.teacher.sampler, HF | VLLM):
-        attempt(checkpoint_folder, config.teacher.model)
-    for sampler in (config.teacher.sampler, config.student.sampler):
-        attempt(type(sampler).check, sampler)
+        attempt(checkpoint_folder, config.teacher.model, "teacher.model")
+    attempt(checkpoint_folder, config.student.model, "student.model")
+    for role, sampler in (("teacher", config.teacher.sampler), ("student", config.student.sampler)):
+        attempt(type(sampler).check, sampler, f"{role}.sampler")
     counts = None
     if getattr(config.task, "path", None) is not None:
-        counts = attempt(_count, config)
+        counts = attempt(_count, config, "task")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return (
-        (counts["train"], _capped(counts["test"], config.evaluate.limit))
-        if counts
-        else (config.problems.limit, config.evaluate.limit)
-    )
+    if counts is None:
+        return Counts(config.problems.limit, config.evaluate.limit)
+    return Counts(counts["train"], _capped(counts["test"], config.evaluate.limit), said_dropped(counts["dropped"]))
 
 
-def _count(config: Config) -> dict[str, int]:
+def _count(config: Config) -> dict[str, Any]:
     """What the problems stage will count, from making its files in passing."""
     options = ProblemsOptions(task=config.task, problems=config.problems)
     with tempfile.TemporaryDirectory() as folder:
@@ -110,12 +125,14 @@ def _capped(found: int, limit: int | None) -> int:
     return found if limit is None else min(found, limit)
 
 
-def _size(stage: Stage, config: Config, train: int | None, test: int | None) -> str:
+def _size(stage: Stage, config: Config, counts: Counts) -> str:
     """A stage's size in words; sizes that depend on what models write are upper bounds."""
+    train, test = counts.train, counts.test
     number = int(stage.name.split("/")[0].removeprefix("round-")) if stage.name.startswith("round-") else 0
     kind = stage.work.partition(":")[2]
     if kind == "problems":
-        return f"{_times(train, 1)} to train on, {_times(test, 1)} to test on"
+        dropped = f", {counts.dropped}" if counts.dropped else ""
+        return f"{_times(train, 1)} to train on, {_times(test, 1)} to test on{dropped}"
     if kind in ("sample", "verify"):
         role = config.teacher if stage.name.startswith("teacher") else config.student
         known = phi_of_round(config.pairs.phi, number, config.rounds) if number else 1.0

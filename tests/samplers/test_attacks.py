@@ -60,8 +60,10 @@ def test_batches_of_a_live_process_are_left_to_it(tmp_path: Path) -> None:
         one.transaction(
             [lambda ledger: ledger.name_batch("b", "e", None), lambda ledger: ledger.begin(PLAN, "a", {}, "b")]
         )
-        assert one.open_batches("e") == {"b": None}
-        assert other.open_batches("e") == {}
+        wanted = {PLAN.asked.key: (0, 7)}
+        assert one.open_batches("e", wanted) == ({"b": None}, {})
+        assert one.open_batches("e", {PLAN.asked.key: (7,)}) == ({}, {"b": None})
+        assert other.open_batches("e", wanted) == ({}, {})
 
 
 @contextmanager

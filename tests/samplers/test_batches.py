@@ -1,7 +1,6 @@
 """The openai sampler through a batch endpoint, against a real one."""
 
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -11,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from orpo_distill.errors import ModelError, RunError
+from orpo_distill.ledger import Asked, Ledger, Plan, Spent
 from orpo_distill.records import FinishReason, Message
 from orpo_distill.samplers import Completion, Decoding, Request
+from orpo_distill.samplers.batch_server import BatchServer
 from orpo_distill.samplers.openai import Budget, OpenAI, Price
 from tests.servers import FaultyServer, faulty_server
 
@@ -69,11 +70,29 @@ DRIVER = """
 import sys
 from pathlib import Path
 from tests.samplers.test_batches import DECODING, requests
-from orpo_distill.samplers.openai import OpenAI
-options = OpenAI(base_url=sys.argv[1], ledger=Path(sys.argv[2]), batch=True, batch_poll=0.2, account="a")
+from orpo_distill.samplers.openai import OpenAI, Price
+price = Price(prompt=1, completion=2)
+options = OpenAI(base_url=sys.argv[1], ledger=Path(sys.argv[2]), batch=True, batch_poll=0.2, account="a", price=price)
 with options.open("faulty") as generate:
-    print(len(list(generate(requests(30), DECODING))))
+    print(len({(one.request.problem_id, one.request.sample_index) for one in generate(requests(30), DECODING)}))
 """
+
+
+def start(server: FaultyServer, folder: Path) -> subprocess.Popen[str]:
+    """A process that buys `requests(30)` in batches."""
+    command = [sys.executable, "-c", DRIVER, server.base_url, str(folder / "ledger.sqlite")]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=pipe, stderr=pipe, text=True)
+
+
+def leave_a_batch(server: FaultyServer, folder: Path) -> None:
+    """A process has sent a batch, learned its name, and was killed."""
+    process = start(server, folder)
+    assert process.stderr
+    while "requests sent" not in process.stderr.readline():
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
 
 
 @pytest.mark.parametrize(
@@ -82,13 +101,12 @@ with options.open("faulty") as generate:
 def test_a_killed_process_finds_its_batch_again(moment: float, tmp_path: Path) -> None:
     """Killed while it submits or waits, at several moments after its first request."""
     with faulty_server(batch_delay=2.0) as server:
-        command = [sys.executable, "-c", DRIVER, server.base_url, str(tmp_path / "ledger.sqlite")]
-        process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
+        process = start(server, tmp_path)
         while not server.stats()["paths"]:
             time.sleep(0.01)
         time.sleep(moment)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.communicate()
         found = buy(sampler(server, tmp_path, patience=3), requests(30))
         assert server.stats()["batch_served"] == 60
     assert all(one.finish_reason is FinishReason.STOP for one in found.values())
@@ -120,9 +138,101 @@ def test_a_server_without_batches_and_a_batch_under_way_are_named(tmp_path: Path
         os.environ["BATCH_TEST_KEY"] = "right"
         with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
             connection.execute("UPDATE attempts SET state = 'open'")
-        with (
-            pytest.raises(RunError, match=r"expected sampler\.batch: true while batches of .* are under way"),
-            sampler(server, tmp_path, batch=False, api_key_env="BATCH_TEST_KEY").open("faulty"),
-        ):
-            pass
+        single = sampler(server, tmp_path, batch=False, api_key_env="BATCH_TEST_KEY")
+        with pytest.raises(RunError, match=r"expected sampler\.batch: true while a batch of .* holds samples of"):
+            buy(single, requests(2))
+        assert len(buy(single, requests(2, 4)[2:4] + requests(2, 4)[6:])) == 4  # what no batch holds is nobody's matter
         assert len(buy(sampler(server, tmp_path, api_key_env="BATCH_TEST_KEY"), requests(2))) == 4
+
+
+def test_a_batch_is_settled_at_the_price_at_which_it_left(tmp_path: Path) -> None:
+    """Whoever takes it in, and whatever stands in that run's config by then."""
+    with faulty_server(batch_delay=1.0) as server:
+        leave_a_batch(server, tmp_path)
+        found = buy(
+            sampler(server, tmp_path, price=Price(prompt=100, completion=200, batch=1), account="b"), requests(30)
+        )
+        tokens = server.stats()["true"]
+    assert len(found) == 60
+    half = (tokens["prompt_tokens"] + 2 * tokens["completion_tokens"]) / 2e6
+    assert sum(column(tmp_path, "SELECT money FROM attempts")) == pytest.approx(half)
+    assert column(tmp_path, "SELECT money FROM accounts WHERE account = 'a'") == [pytest.approx(half)]
+
+
+def test_batches_with_samples_of_others_are_not_waited_for(tmp_path: Path) -> None:
+    """Neither one that is under way nor one that was sent and cannot be found; one that has ended is settled."""
+    other = [Request(f"other{n}", 0, (Message("user", f"What is {n} * 7?"),), n) for n in range(5)]
+    with faulty_server(batch_delay=3.0) as server:
+        leave_a_batch(server, tmp_path)
+        with Ledger(tmp_path / "ledger.sqlite") as ledger:
+            lost = Plan(Asked(server.base_url, "faulty", "lost"), (0,), Spent(1.0, 10, 1))
+            ledger.transaction(
+                [
+                    lambda one: one.name_batch("lost", server.base_url, ""),
+                    lambda one: one.begin(lost, "b", {}, "lost"),
+                ]
+            )
+        began = time.monotonic()
+        single = buy(sampler(server, tmp_path, batch=False), other[:2])
+        assert len(single) == 2 and time.monotonic() - began < 2
+        batched = buy(sampler(server, tmp_path, patience=300), other)
+        assert len(batched) == 5 and time.monotonic() - began < 20
+        assert server.stats()["batch_served"] == 63
+        more = [Request("more", 0, (Message("user", "What is 1 * 1?"),), 1)]
+        buy(sampler(server, tmp_path), more)  # by now the first batch has ended
+    assert sorted(column(tmp_path, "SELECT state FROM attempts")) == ["open"] + ["settled"] * 66
+
+
+@pytest.mark.parametrize("page, hidden", [(1, 0.0), (100, 1.5)])
+def test_a_batch_is_found_on_a_late_page_and_in_a_list_that_is_late(tmp_path: Path, page: int, hidden: float) -> None:
+    """Its process died before it had learned the server's name for it."""
+    with faulty_server(batch_delay=0.4, batch_page=page, batch_hidden=hidden) as server:
+        leave_a_batch(server, tmp_path)
+        with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
+            connection.execute("UPDATE batches SET remote = ''")
+        for number in range(3):  # newer ones before it in the list
+            other = [Request("other", 0, (Message("user", f"What is {number} * 7?"),), number)]
+            buy(sampler(server, tmp_path / str(number)), other) if page == 1 else None
+        assert len(buy(sampler(server, tmp_path, patience=10), requests(30))) == 60
+        assert server.stats()["batch_served"] == 60 + (3 if page == 1 else 0)
+    assert set(column(tmp_path, "SELECT state FROM attempts")) == {"settled"}
+
+
+def test_odd_rows_of_an_output_are_passed_over(tmp_path: Path) -> None:
+    with faulty_server(batch_delay=0.3, batch_odd=True) as server:
+        found = buy(sampler(server, tmp_path), requests(10))
+        assert server.stats()["batch_served"] == 20
+    assert {one.error for one in found.values()} == {""}
+    assert column(tmp_path, "SELECT state FROM attempts") == ["settled"] * 20
+
+
+def test_two_processes_buy_every_sample_once(tmp_path: Path) -> None:
+    with faulty_server(batch_delay=1.0) as server:
+        processes = [start(server, tmp_path) for _ in range(2)]
+        ended = [process.communicate(timeout=120) for process in processes]
+        assert [out for out, _ in ended] == ["60\n"] * 2, ended
+        assert server.stats()["batch_served"] == 60
+    assert column(tmp_path, "SELECT state FROM attempts") == ["settled"] * 60
+    assert column(tmp_path, "SELECT sum(again) FROM attempts") == [0]
+
+
+def test_a_host_that_nobody_knows_is_named_soon(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(ModelError, match=r"no-such-host\.invalid/v1 to take a batch, found: "):
+        address = OpenAI(
+            base_url="http://no-such-host.invalid/v1", ledger=tmp_path / "ledger.sqlite", batch=True, patience=300
+        )
+        buy(address, requests(1))
+    assert time.monotonic() - began < 40
+    assert set(column(tmp_path, "SELECT state FROM attempts")) == {"void"}
+
+
+def test_a_connection_that_was_never_made_costs_nothing(tmp_path: Path) -> None:
+    """Also when the batch was to be made: nobody has to look for it then."""
+    address = OpenAI(base_url="http://127.0.0.1:9/v1", ledger=tmp_path / "ledger.sqlite", batch=True, patience=1)
+    with pytest.raises(ModelError, match=r"127\.0\.0\.1:9/v1 to take a batch, found: .*Connection refused"):
+        buy(address, requests(1))
+    assert set(column(tmp_path, "SELECT state FROM attempts")) == {"void"}
+    server = BatchServer(address)
+    with pytest.raises(ModelError):
+        server._ask(lambda: server._client.batches.list(limit=1), again=False)

@@ -181,3 +181,22 @@ def test_ctrl_c_waits_for_replies_alone(tmp_path: Path, faults: str) -> None:
     assert code == 130, words
     assert seconds < 5
     assert not [attempt for attempt in books.attempts if attempt.state in ("open", "settled")]
+
+
+def test_a_second_ctrl_c_gives_up_what_is_under_way_and_says_so(tmp_path: Path) -> None:
+    with faulty_server(fault_rate=1, faults=["hang"], hang=60) as server:
+        process = start(experiment(tmp_path, server, 4, 2, n=False))
+        while server.stats()["requests"] < 8:
+            assert process.poll() is None, finish(process)
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        code, words = finish(process)
+        assert time.monotonic() - began < 5
+    assert code == 130, words
+    assert "waiting up to 15 s for 8 replies under way (another Ctrl-C gives them up)" in words
+    assert "8 replies under way are given up: they may be paid for, and count as unknown" in words
+    assert [attempt.state for attempt in Books(tmp_path).attempts] == ["unknown"] * 8

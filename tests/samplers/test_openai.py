@@ -15,7 +15,8 @@ from orpo_distill.errors import ConfigError, ModelError, RunError
 from orpo_distill.ledger import Ledger, Usage
 from orpo_distill.records import FinishReason, Message
 from orpo_distill.samplers import Completion, Decoding, Request
-from orpo_distill.samplers.openai import OpenAI, Price
+from orpo_distill.samplers.buyer import Purchase
+from orpo_distill.samplers.openai import OpenAI, Price, amount
 from orpo_distill.samplers.prompts import render
 from tests.checkpoints import CHAT_TEMPLATE, save_tiny_checkpoint, tiny_tokenizer
 from tests.servers import FaultyServer, faulty_server
@@ -392,7 +393,7 @@ def test_a_dead_server_is_waited_for_and_then_named(ledger: Path) -> None:
 
 def test_a_server_that_dies_and_comes_back_is_waited_for(ledger: Path) -> None:
     port, asked = free_port(), prompts(questions(100))
-    options: dict[str, Any] = {"port": port, "latency": 0.1}
+    options: dict[str, Any] = {"port": port, "latency": 0.1, "jitter": 0.3}  # so that some are under way at any time
     with ThreadPoolExecutor(1) as pool:
         with faulty_server(**options) as server:
             buying = pool.submit(buy, server.base_url, ledger, asked, concurrency=4)
@@ -512,3 +513,109 @@ def test_prompts_that_break_the_server_are_given_up_in_the_end(ledger: Path) -> 
         found = buy(server, ledger, prompts(questions(4)), retries=1, patience=1)
     reasons = [one.finish_reason for one in found]
     assert reasons.count(FinishReason.ERROR) == 1 and reasons.count(FinishReason.STOP) == 3
+
+
+# Errors in replies of status 200
+
+
+@pytest.mark.parametrize("fault", ["declined", "declined:status"])
+def test_an_error_in_a_good_reply_costs_nothing_and_is_tried_again(ledger: Path, fault: str) -> None:
+    with faulty_server(fault_rate=0.4, faults=[fault]) as server:
+        texts(buy(server, ledger, prompts(questions(30)), retries=30))
+        stats = server.stats()
+    assert stats["true"]["choices"] == 30 and stats["faults"][fault] > 5
+    assert rows(ledger, "SELECT state, count(*), sum(again) FROM attempts GROUP BY state") == [
+        ("settled", 30, 0),
+        ("void", stats["faults"][fault], 0),
+    ]
+    assert rows(ledger, "SELECT DISTINCT error FROM attempts WHERE state = 'void'") == [
+        ("HTTP 200 with an error: Provider returned an error",)
+    ]
+
+
+def test_a_server_that_answers_nothing_but_such_errors_is_named(ledger: Path) -> None:
+    words = r"no success for . s, the last: HTTP 200 with an error: Provider returned"
+    with faulty_server(fault_rate=1, faults=["declined"]) as server, pytest.raises(ModelError, match=words):
+        buy(server, ledger, prompts(questions(3)), patience=1)
+    with Ledger(ledger) as opened:
+        assert opened.spent("run").calls == 0
+
+
+# What is said
+
+
+def test_a_host_that_nobody_knows_is_named_soon(ledger: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(ModelError, match=r"expected http://no-such-host\.invalid/v1 to answer, found: .*no-such-host"):
+        buy("http://no-such-host.invalid/v1", ledger, prompts(questions(3)), patience=300)
+    assert 10 < time.monotonic() - started < 25
+
+
+def test_an_address_without_v1_is_hinted_at(ledger: Path) -> None:
+    with faulty_server() as server:
+        address = server.base_url.removesuffix("/v1")
+        with pytest.raises(ModelError, match=rf"HTTP 404: .* \(does {address} lack /v1 at its end\?\); mend"):
+            buy(address, ledger, prompts(questions(3)))
+        with pytest.raises(ModelError) as caught:
+            buy(server.base_url + "/chat", ledger, prompts(questions(3)))
+        assert "HTTP 404" in str(caught.value) and "lack" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_be_reached_is_spoken_of_before_patience_ends(
+    ledger: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = f"http://127.0.0.1:{free_port()}/v1"
+    with pytest.raises(ModelError):
+        buy(address, ledger, prompts(questions(3), 2), patience=14)
+    said = [line for line in capsys.readouterr().err.splitlines() if "no success" in line]
+    assert len(said) == 1 and f"  no success with {address} for 1" in said[0] and "Cannot connect" in said[0]
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_bills_that_are_not_believed_are_spoken_of_once(
+    ledger: Path, capsys: pytest.CaptureFixture[str], several: bool
+) -> None:
+    with faulty_server(fault_rate=1, faults=["wrong_usage:missing"]) as server:
+        texts(buy(server, ledger, prompts(questions(5), 3), n=several))
+    said = capsys.readouterr().err
+    assert said.count("the token count of a reply is missing or cannot be right") == 1
+    assert ("sampler.n: false helps" in said) == several
+
+
+@pytest.mark.parametrize(
+    "number, words",
+    [(1e-06, "0.000001"), (0.06, "0.06"), (20.0, "20"), (1234567, "1,234,567"), (1234567.0, "1234570"), (0.0, "0")],
+)
+def test_amounts_are_written_without_powers_of_ten(number: float, words: str) -> None:
+    assert amount(number) == words
+
+
+def test_a_budget_that_ends_says_how_many_samples_are_missing(ledger: Path) -> None:
+    with faulty_server() as server:
+        with pytest.raises(RunError, match=r"expected the 6 missing samples within the budget of 4 calls, found 4"):
+            buy(server, ledger, prompts(questions(10)), budget={"calls": 4}, concurrency=2)
+        price = Price(prompt=1, completion=1)
+        with pytest.raises(RunError, match=r"within the budget of 0\.000001 money, found 0 spent or under way and up"):
+            buy(server, ledger, prompts(["x"]), price=price, budget={"money": 1e-6}, account="b")
+
+
+# Stopped
+
+
+def test_a_stop_while_an_attempt_is_being_recorded_sends_nothing_and_leaves_nothing_open(ledger: Path) -> None:
+    """The first request leaves at once, the second 2 seconds later: then another process holds the ledger's lock."""
+    with faulty_server() as server, ThreadPoolExecutor(1) as pool:
+        sampler = OpenAI(base_url=server.base_url, ledger=ledger, account="run", requests_per_minute=30, n=False)
+        with sampler.open("faulty") as generate, closing(sqlite3.connect(ledger, isolation_level=None)) as writer:
+            buying = pool.submit(lambda: list(generate(prompts(questions(8)), SHORT)))
+            time.sleep(1)
+            writer.execute("BEGIN IMMEDIATE")
+            time.sleep(1.7)
+            assert isinstance(generate, Purchase) and generate._buyer
+            generate._buyer.stop()
+            time.sleep(0.5)
+            writer.execute("ROLLBACK")
+            assert len(buying.result(timeout=30)) == 1
+        assert server.stats()["requests"] == 1
+    assert rows(ledger, "SELECT state FROM attempts WHERE state != 'void'") == [("settled",)]

@@ -107,6 +107,22 @@ def test_a_pause_that_comes_while_a_request_waits_holds_it_too() -> None:
     assert_near([asyncio.run(paused())], [1.4])
 
 
+@pytest.mark.parametrize("seconds", [0.0, pytest.param(20.0, marks=pytest.mark.slow)])
+def test_a_long_gap_after_many_pauses_shortens_with_time_alone(seconds: float) -> None:
+    """Six pauses make it 0.64 s; it is half as long 20 s later, though nothing has succeeded."""
+
+    async def paused() -> list[float]:
+        limiter = Limiter(None, None)
+        for _ in range(6):
+            limiter.pause(0.01)
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(seconds)
+        return await departures(limiter, [0, 0, 0])
+
+    gap = 0.64 * 0.5 ** (seconds / 20)
+    assert_near(asyncio.run(paused()), [0, gap * 0.98, 2 * gap * 0.96])
+
+
 def test_requests_leave_in_the_order_in_which_they_came() -> None:
     async def order() -> list[int]:
         limiter, found = Limiter(6000, None), []

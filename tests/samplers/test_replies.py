@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from orpo_distill.ledger import Usage
 from orpo_distill.records import FinishReason
-from orpo_distill.samplers.replies import HIDDEN, Malformed, Reply, Thinking, read_choice, read_reply, shares
+from orpo_distill.samplers.replies import HIDDEN, Declined, Malformed, Reply, Thinking, read_choice, read_reply, shares
 
 MODES: tuple[Thinking, ...] = ("keep", "strip", "answer_only")
 STOP, LENGTH, ERROR = FinishReason.STOP, FinishReason.LENGTH, FinishReason.ERROR
@@ -148,7 +148,7 @@ def test_any_text_can_be_stored(text: str) -> None:
     "content",
     [
         *(b"", b"null", b"[]", b"7", b"{}", b"<html>502</html>", b'{"choices": [', b"\xff\xfe", b'{"choices": null}'),
-        *(b'{"choices": {}}', b'{"choices": ["Four."]}', b'{"error": {"message": "no"}}', b"1" * 5000, b"[" * 100_000),
+        *(b'{"choices": {}}', b'{"choices": ["Four."]}', b'{"error": {}}', b"1" * 5000, b"[" * 100_000),
         b'{"choices": [{"message": {"content": ' + b"[" * 100_000 + b"]" * 100_000 + b"}}]}",
     ],
 )
@@ -280,3 +280,48 @@ def test_content_in_parts(thinking: Thinking, text: str) -> None:
     ]
     choice = json.dumps({"message": {"content": parts}, "finish_reason": "stop"})
     assert read_choice(choice, thinking) == (text, FinishReason.STOP)
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "kinds"),
+    [
+        ({"error": {"message": "No luck", "code": 502}}, 502, set()),
+        ({"error": {"message": "No luck", "code": "429", "type": "requests"}, "choices": []}, 429, {"429", "requests"}),
+        ({"error": "No luck", "choices": None}, None, set()),
+        ({"error": {"message": "No luck", "code": 7}}, None, set()),
+        ({"error": {"message": "No luck", "code": "insufficient_quota"}}, None, {"insufficient_quota"}),
+        ({"object": "error", "message": "No luck", "code": 400}, 400, set()),
+    ],
+)
+def test_an_error_where_the_choices_should_be(data: dict[str, Any], status: int | None, kinds: set[str]) -> None:
+    with pytest.raises(Declined) as caught:
+        read_reply(json.dumps(data).encode(), 1, 100, 50)
+    error = caught.value
+    assert (error.words, error.status, error.kinds, error.usage, error.billed) == (
+        "No luck",
+        status,
+        kinds,
+        None,
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("usage", "believed", "billed"),
+    [
+        ({"prompt_tokens": 9, "completion_tokens": 3}, Usage(9, 3), False),
+        ({"prompt_tokens": 9, "completion_tokens": 0}, Usage(9, 0), False),
+        ({"prompt_tokens": 0, "completion_tokens": 0}, None, False),
+        ({"prompt_tokens": 9, "completion_tokens": 10**9}, None, True),
+        (None, None, False),
+    ],
+)
+def test_what_a_reply_with_an_error_was_billed(usage: Any, believed: Usage | None, billed: bool) -> None:
+    with pytest.raises(Declined) as caught:
+        read_reply(json.dumps({"error": {"message": "x"}, "usage": usage}).encode(), 1, 100, 50)
+    assert (caught.value.usage, caught.value.billed) == (believed, billed)
+
+
+def test_choices_beside_an_error_are_kept() -> None:
+    data = {"error": {"message": "x"}, "choices": [chat("Four.")]}
+    assert len(read_reply(json.dumps(data).encode(), 1, 100, 50).choices) == 1

@@ -34,6 +34,7 @@ class Job:
     done: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     cancel: bool = False
+    listed_from: float = 0.0
 
 
 class Batches:
@@ -57,14 +58,15 @@ class Batches:
             return self._cancel(parts[1]) if parts[2:] == ["cancel"] else self._create(asked)
         if len(parts) == 2:
             return json_reply(self.jobs[parts[1]].shown)
-        return self._page(asked, [job.shown for job in reversed(self.jobs.values())])
+        shown = [job.shown for job in reversed(self.jobs.values()) if time.monotonic() >= job.listed_from]
+        return self._page(asked, shown)
 
     def _page(self, asked: Asked, items: list[dict[str, Any]]) -> Reply:
         """Newest first, `limit` of them after the one with the id `after`."""
         query = {name: values[-1] for name, values in parse_qs(asked.query).items()}
         ids = [item["id"] for item in items]
         start = ids.index(query["after"]) + 1 if query.get("after") in ids else 0
-        page = items[start : start + int(query.get("limit", 20))]
+        page = items[start : start + min(int(query.get("limit", 20)), self.options.batch_page)]
         ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
         return json_reply({"object": "list", "data": page, **ends, "has_more": start + len(page) < len(items)})
 
@@ -108,7 +110,7 @@ class Batches:
         shown |= {"output_file_id": None, "error_file_id": None, "created_at": int(time.time())}
         shown |= {"expires_at": int(time.time()) + 86_400, "metadata": body.get("metadata")}
         shown |= {"request_counts": {"total": 0, "completed": 0, "failed": 0}}
-        job = Job(shown, rows, errors)
+        job = Job(shown, rows, errors, listed_from=time.monotonic() + self.options.batch_hidden)
         self.jobs[shown["id"]] = job
         task = asyncio.get_running_loop().create_task(self._work(job))
         self.tasks.add(task)
@@ -171,12 +173,22 @@ class Batches:
     def _line(self, custom: str, response: dict[str, Any] | None, error: dict[str, str] | None) -> dict[str, Any]:
         return {"id": f"batch_req_{messages_hash(custom)}", "custom_id": custom, "response": response, "error": error}
 
+    def _odd(self, lines: list[Any]) -> list[Any]:
+        """With --batch-odd: also rows of nobody's, one twice, and one whose status is text."""
+        if not self.options.batch_odd:
+            return lines
+        one, other = lines[0], lines[-1]
+        stranger = {**one, "custom_id": "not-yours"}
+        if other["response"]:
+            other = {**other, "response": {**other["response"], "status_code": "200"}}
+        return [None, 7, [one], {}, {"custom_id": 3}, stranger, {**one, "custom_id": None}, *lines[:-1], other, one]
+
     def _end(self, job: Job, status: str, errors: dict[str, Any] | None = None) -> None:
         draw = random.Random(job.shown["id"])
         for name, lines in (("output_file_id", job.done), ("error_file_id", job.failed)):
             if lines:
                 draw.shuffle(lines)  # no order is promised
-                content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self._odd(lines))
                 job.shown[name] = self._keep(content.encode(), f"{job.shown['id']}.jsonl", "batch_output")["id"]
         job.shown["request_counts"] |= {"completed": len(job.done), "failed": len(job.failed)}
         job.shown |= {"status": status, "errors": errors, f"{status}_at": int(time.time())}

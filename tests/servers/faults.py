@@ -12,6 +12,7 @@ from typing import Any
 from tests.servers.http1 import Reply, json_reply
 
 NOT_SERVED = ("drop_before", "429", "500")
+DECLINED = "declined"  # not served either; only where it is asked for by name
 SERVED = ("drop_after", "hang", "truncated", "malformed", "no_choices", "fewer_choices", "wrong_usage")
 FAULTS = NOT_SERVED + SERVED
 OF_CALLS = ("drop_before", "429", "500", "drop_after", "hang", "truncated", "malformed")  # on files and batches
@@ -76,6 +77,9 @@ def not_served(fault: Fault, retry_after: float, form: str) -> Reply:
     assert fault.draw
     if fault.name == "429":
         return too_many(retry_after, form)
+    if fault.name == DECLINED:
+        code = {"code": 503} if fault.kind == "status" else {}
+        return json_reply({"error": {"message": "Provider returned an error", **code}, "user_id": "u"})
     if fault.name == "500":
         status = fault.draw.choice(STATUSES)
         if status == 500:

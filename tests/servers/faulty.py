@@ -6,6 +6,7 @@ The first line on stdout is its port, on 127.0.0.1. Faults, drawn evenly for a s
 
     drop_before    nothing generated    the connection ends (closed or reset) and nothing is sent
     429            nothing generated    with Retry-After
+    declined       nothing generated    200 with an error object, only if asked for by name; `declined:status` names 503
     500            nothing generated    500 with JSON, or 502 or 503 with HTML
     drop_after     generated, counted   the connection ends and nothing is sent
     hang           generated, counted   the reply comes --hang seconds late
@@ -44,6 +45,7 @@ from tests.servers.answers import Style, messages_hash
 from tests.servers.batches import Batches
 from tests.servers.completions import Completions, Made
 from tests.servers.faults import (
+    DECLINED,
     FAULTS,
     NOT_SERVED,
     OF_CALLS,
@@ -166,8 +168,8 @@ class Faulty:
         refused = too_many(wait, options.retry_after_form) if wait else self.completions.refuse(body, chat)
         if not refused and options.quota and self.account.true.completion_tokens >= options.quota:
             refused = error_reply(429, "You exceeded your current quota.", code="insufficient_quota")
-        fault = Fault() if refused else self._meet(self.faults, number, FAULTS)
-        if fault.name in NOT_SERVED:
+        fault = Fault() if refused else self._meet(self.faults, number, (*FAULTS, DECLINED))
+        if fault.name in (*NOT_SERVED, DECLINED):
             refused = not_served(fault, options.retry_after, options.retry_after_form)
         if refused:
             status = refused.status if refused.send is None else None
@@ -260,13 +262,16 @@ def parser() -> argparse.ArgumentParser:
     add("--burst", type=float, default=0.0, help="requests at once under the limit; 0: those of a second")
     add("--quota", type=int, default=0, help="429 insufficient_quota after so many tokens; 0: none")
     add("--fault-rate", type=float, default=0.0)
-    add("--faults", type=names(FAULTS), default=FAULTS, help="some of " + ", ".join(FAULTS))
+    add("--faults", type=names((*FAULTS, DECLINED)), default=FAULTS, help="some of " + ", ".join(FAULTS))
     add("--hang", type=float, default=30.0, help="seconds that a hanging reply is late")
     add("--retry-after", type=float, default=1.0, help="seconds that the fault 429 asks for")
     add("--retry-after-form", choices=("seconds", "date", "none"), default="seconds")
     add("--batch-delay", type=float, default=1.0, help="seconds that a batch takes")
     add("--batch-fail", type=float, default=0.0, help="the share of a batch's rows that fail")
     add("--batch-expire", type=float, default=0.0, help="batches expire with this share of their rows done; 0: never")
+    add("--batch-page", type=int, default=100, help="batches and files on a page of their lists, at most")
+    add("--batch-hidden", type=float, default=0.0, help="seconds before a new batch stands in the list")
+    add("--batch-odd", action="store_true", help="outputs have rows that belong to nobody, twice or in odd forms")
     add("--batch-fault-rate", type=float, default=0.0, help="of calls to files and batches: " + ", ".join(OF_CALLS))
     return found
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from tests.servers import ROOT, running
 
 GGUF = ROOT / "checkpoints" / "smollm2-135m-instruct.gguf"
+FETCH = ("scripts/fetch_smollm2.py", "--gguf")
 MODEL = "smollm2-135m-instruct"  # what the server calls it; it answers whatever the request calls it
 
 
@@ -30,9 +31,8 @@ def llama_server(slots: int = 4, context: int = 1024, threads: int = 2, api_key:
     `slots` texts are generated at once, each of at most `context` tokens with its prompt; a request with a larger `n`
     than `slots` is refused. Fetches the weights first if need be: raises CalledProcessError where that fails.
     """
-    fetch = [sys.executable, str(ROOT / "scripts" / "fetch_smollm2.py"), "--gguf", "--out", str(GGUF)]
     if not GGUF.exists():
-        subprocess.run(fetch, check=True)
+        subprocess.run([sys.executable, *FETCH, "--out", str(GGUF)], cwd=ROOT, check=True)
     options = [f"--slots={slots}", f"--context={context}", f"--threads={threads}", f"--api-key={api_key}"]
     with running([sys.executable, "-m", "tests.servers.llama", *options]) as (_, address):
         yield f"{address}/v1"
@@ -40,8 +40,6 @@ def llama_server(slots: int = 4, context: int = 1024, threads: int = 2, api_key:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until stdin ends. llama.cpp writes its log to stdout, which goes to stderr here."""
-    import xllamacpp
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, default=GGUF)
     parser.add_argument("--slots", type=int, default=4)
@@ -49,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--api-key", default="")
     options = parser.parse_args(argv)
+    if not options.gguf.is_file():
+        parser.error(f"expected weights at {options.gguf}, found none; python {' '.join(FETCH)} --out {options.gguf}")
+    import xllamacpp
+
     ours = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     params = xllamacpp.CommonParams()

@@ -6,6 +6,8 @@ import asyncio
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.servers import FaultyServer, faulty_server
+from tests.servers import ROOT, FaultyServer, faulty_server
 from tests.servers.answers import messages_hash
 from tests.servers.faults import FAULTS, MALFORMED, WRONG_USAGE
 
@@ -323,3 +325,10 @@ def test_a_thousand_connections(capsys: pytest.CaptureFixture[str]) -> None:
     assert stats["most_in_flight"] > 500
     assert stats["true"]["completion_tokens"] == stats["said"]["completion_tokens"]
     assert len(stats["times"]) == sum(stats["arrivals"]) == 4000
+
+
+def test_llama_without_weights_says_how_to_get_them(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.servers.llama", "--gguf", str(tmp_path / "none.gguf")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"expected weights at {tmp_path / 'none.gguf'}, found none; python scripts/fetch_smollm2.py" in done.stderr

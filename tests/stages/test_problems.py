@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from orpo_distill.errors import DataError
 from orpo_distill.records import Problem, read_jsonl
-from orpo_distill.stages.problems import ProblemsOptions, problems, question_key
+from orpo_distill.stages.problems import ProblemsOptions, problems, question_key, said_dropped
 from orpo_distill.tasks import take
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
@@ -54,6 +54,8 @@ def test_train_problems_that_stand_in_test_or_validation_are_dropped_and_counted
         "test": 2,
         "dropped": {"in_test": 1, "in_validation": 1, "repeated": 1},
     }
+    assert said_dropped(metrics["dropped"]) == "3 left out (1 in test too, 1 in validation too, 1 repeated in train)"
+    assert said_dropped({}) == ""
     assert ids(tmp_path / "out/problems.jsonl") == ["b", "c"]
     assert ids(tmp_path / "out/validation.jsonl") == ["v"]
     assert ids(tmp_path / "out/test.jsonl") == ["t", "u"]

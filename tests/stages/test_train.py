@@ -14,6 +14,7 @@ from orpo_distill.errors import ConfigError, DataError, RunError, TrainingError
 from orpo_distill.models import load_model, load_tokenizer
 from orpo_distill.objectives import Objective
 from orpo_distill.packing import packed_tokens
+from orpo_distill.stages.train import label_of
 from orpo_distill.trainer import out_of_memory
 from tests.checkpoints import CHAT_TEMPLATE, save_tiny_checkpoint
 from tests.training import objective, options, ragged_pairs, ready_trainer, rows_of, run_train, weights, write_pairs
@@ -219,6 +220,33 @@ def test_lora_round_trip(student: Path, pairs: Path, tmp_path: Path, checkpointi
         load_model(str(path), "float32", "cpu")(ids).logits for path in (student, tmp_path / "2" / "model")
     )
     assert (base - adapted).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+@pytest.mark.parametrize("architecture", ["gpt_neox", "mixtral"])
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "embed_out", "q_proj", "query_key_value"]])
+def test_adapters_of_models_whose_files_rename_weights_go_on_bit_for_bit(
+    architecture: str, targets: Any, pairs: Path, tmp_path: Path
+) -> None:
+    """GPT-NeoX's files call its head otherwise, Mixtral's its experts: an adapter must not lose what hangs on them."""
+    model = save_tiny_checkpoint(tmp_path / "model", architecture)
+    section = {"lora": {"r": 4, "alpha": 8, "target_modules": targets}}
+    rounds = in_rounds(model, pairs, tmp_path, 2, **section)
+    run_train(options(model, (1, 2, 2), **section), pairs, tmp_path / "whole")
+    adapter = "model/adapter_model.safetensors"
+    assert (rounds[-1] / adapter).read_bytes() == (tmp_path / "whole" / adapter).read_bytes()
+    assert [line for out in rounds for line in log_of(out)] == log_of(tmp_path / "whole")
+    saved = load_file(tmp_path / "whole" / adapter)
+    assert all(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    "rounds, loss, label", [((2, 2, 3), "orpo", "train round 2"), ((1, 3, 3), "sft", "train sft, 3 epochs")]
+)
+def test_what_is_said_while_it_works(student: Path, rounds: tuple[int, int, int], loss: str, label: str) -> None:
+    assert label_of(options(student, rounds, objective(loss))) == label
 
 
 def test_sft_needs_no_rejected_side_and_learns(student: Path, tmp_path: Path) -> None:

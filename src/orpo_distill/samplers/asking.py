@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -41,10 +41,22 @@ class Asking:
         """One for each prompt; the requests of a prompt stand together."""
         for (_, messages), group in groupby(requests, key=lambda request: (request.problem_id, request.messages)):
             body = self.body(messages)
-            text = json.dumps(body, sort_keys=True, ensure_ascii=False)
-            most_prompt = len(text.encode(errors="replace")) + ROOM[0] + ROOM[1] * len(messages)
-            asked = Asked(self._options.known_as, self._model, text.encode(errors="replace").decode())
+            asked = self._asked(body)
+            most_prompt = len(asked.request.encode()) + ROOM[0] + ROOM[1] * len(messages)
             yield Ask(asked, body, most_prompt, {request.sample_index: request for request in group})
+
+    def asked(self, messages: Sequence[Message]) -> Asked:
+        """Under what the samples of a prompt stand in the ledger."""
+        return self._asked(self.body(messages))
+
+    def _asked(self, body: Mapping[str, Any]) -> Asked:
+        text = json.dumps(body, sort_keys=True, ensure_ascii=False)
+        return Asked(self._options.known_as, self._model, text.encode(errors="replace").decode())
+
+    @property
+    def path(self) -> str:
+        """Where requests go, as a batch names it."""
+        return self._options.path
 
     def body(self, messages: Sequence[Message]) -> dict[str, Any]:
         """The fields of a request for a prompt, all but `n` and `seed`."""

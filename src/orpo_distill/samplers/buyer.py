@@ -16,21 +16,18 @@ from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from orpo_distill.errors import ModelError, OrpoDistillError, RunError
-from orpo_distill.ledger import Bought, BudgetReached, Busy, Ledger, Operation, Plan
+from orpo_distill.errors import Interrupted, ModelError, OrpoDistillError, RunError
+from orpo_distill.ledger import Bought, BudgetReached, Busy, Ledger, Left
+from orpo_distill.progress import say
 from orpo_distill.records import FinishReason
 from orpo_distill.samplers import Completion, Decoding, Request
 from orpo_distill.samplers.asking import Ask, Asking
-from orpo_distill.samplers.commits import Commits
-from orpo_distill.samplers.faults import Fault, NotOffered, Refused, fault_of, shown
-from orpo_distill.samplers.rates import Limiter, asked_pause
-from orpo_distill.samplers.replies import Malformed, Reply, read_bought, read_reply, shares
-from orpo_distill.samplers.servers import Server, Servers
-from orpo_distill.samplers.tally import Tally
+from orpo_distill.samplers.faults import Fault, NotOffered, Refused
+from orpo_distill.samplers.replies import read_bought
+from orpo_distill.samplers.sending import Sender
+from orpo_distill.samplers.silence import Silence
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
-
     from orpo_distill.samplers.openai import OpenAI
 
 GRACE = 15.0  # seconds that requests in flight get to come back when the sampler is stopped
@@ -39,6 +36,7 @@ LOOK = 0.2  # seconds between looks at whether to stop
 WAIT_FOR_OTHERS = 0.5  # seconds between looks at what another process is buying
 LONGEST_BACKOFF = 60.0  # seconds
 REFUSED_AT_FIRST = 8  # requests refused before one has succeeded: then it is not the requests' fault
+NAME_PATIENCE = 10.0  # seconds for which a host's name may be unknown, before anything has succeeded
 
 
 class Purchase:
@@ -47,14 +45,15 @@ class Purchase:
     def __init__(self, options: OpenAI, model: str, ledger: Ledger) -> None:
         self._options, self._model, self._ledger = options, model, ledger
         self._buyer: Buyer | None = None
-        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
 
     def __call__(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Completion]:
         """Completions as they are there: first what the ledger holds. Raises OrpoDistillError when it has to stop."""
         found: queue.SimpleQueue[Completion | BaseException | None] = queue.SimpleQueue()
+        wanted = list(requests)
         self._buyer = Buyer(self._options, self._model, self._ledger, decoding, found)
-        self._thread = threading.Thread(target=_run, args=(self._buyer, requests, found), name="openai")
-        self._thread.start()
+        self._ended.clear()
+        threading.Thread(target=_run, args=(self._buyer, wanted, found, self._ended), name="openai").start()
         while (item := found.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
@@ -65,13 +64,29 @@ class Purchase:
         return self._buyer.note() if self._buyer else ""
 
     def stop(self) -> None:
-        """Ask for nothing more and wait a little for what is under way: it may have been paid for."""
-        if self._buyer is not None and self._thread is not None:
-            self._buyer.stop()
-            self._thread.join()
+        """Ask for nothing more and wait a little for what is under way: it may have been paid for.
+
+        Another signal meanwhile gives that up.
+        """
+        if self._buyer is None:
+            return
+        self._buyer.stop()
+        interrupted: Interrupted | None = None
+        if not self._ended.is_set() and (count := self._buyer.open):
+            say(f"  waiting up to {GRACE:.0f} s for {count} replies under way (another Ctrl-C gives them up)")
+        while not self._ended.is_set():
+            try:
+                self._ended.wait()  # not the thread's own `join`, which takes it for ended once it is interrupted
+            except Interrupted as error:
+                if interrupted is None and (count := self._buyer.open):
+                    say(f"  {count} replies under way are given up: they may be paid for, and count as unknown")
+                interrupted = error
+                self._buyer.give_up()
+        if interrupted is not None:
+            raise interrupted
 
 
-def _run(buyer: Buyer, requests: Iterable[Request], found: queue.SimpleQueue[Any]) -> None:
+def _run(buyer: Buyer, requests: Sequence[Request], found: queue.SimpleQueue[Any], ended: threading.Event) -> None:
     import uvloop
 
     try:
@@ -81,6 +96,8 @@ def _run(buyer: Buyer, requests: Iterable[Request], found: queue.SimpleQueue[Any
         found.put(error)
     else:
         found.put(None)
+    finally:
+        ended.set()
 
 
 @contextmanager
@@ -95,62 +112,65 @@ def _rarely_collected() -> Iterator[None]:
 
 
 class Buyer:
-    """Fulfils requests. All methods but `stop` and `note` run in the event loop's thread."""
+    """Fulfils requests. All methods but `stop`, `give_up`, `note` and `open` run in the event loop's thread."""
 
     def __init__(
         self, options: OpenAI, model: str, ledger: Ledger, decoding: Decoding, found: queue.SimpleQueue[Any]
     ) -> None:
-        self._options, self._found, self._most_completion = options, found, decoding.max_new_tokens
+        self._options, self._found = options, found
         self._asking = Asking(options, model, decoding)
-        self._commit = Commits(ledger)
-        self._key, self._headers = options.secrets()
-        self._secrets = options.secret_values
-        self._several = options.n  # whether a request may ask for several samples; None: not known yet
-        self._singles = 0  # replies with one choice where several were asked for, in a row
+        self._stopping, self._given_up = threading.Event(), threading.Event()
+        self._sender = Sender(options, ledger, decoding.max_new_tokens, self._stopping)
+        self._tally = self._sender.tally
+        self._silence = Silence(self._sender, ", ".join(options.urls), options.patience)
         self._why: OrpoDistillError | None = None  # the first reason to stop
-        self._stopping = threading.Event()
-        self._tally = Tally()
         self._refused, self._last_refusal = 0, ""
         self._all_asked = False  # no prompt is left that has not been taken up
-        self._open = 0  # attempts under way
+        self._missing = 0  # samples that are not delivered yet
 
     def stop(self) -> None:
         """Ask for nothing more (from any thread)."""
         self._stopping.set()
+        self._sender.commit.hurry.set()
+
+    def give_up(self) -> None:
+        """Wait for nothing any more (from any thread)."""
+        self._given_up.set()
+
+    @property
+    def open(self) -> int:
+        """How many requests are under way (from any thread)."""
+        return self._sender.open
 
     def note(self) -> str:
         """What the purchase has come to, in a few words (from any thread)."""
         return self._tally.note(bool(self._options.price.most(1, 1)))
 
-    async def buy(self, requests: Iterable[Request]) -> None:
+    async def buy(self, requests: Sequence[Request]) -> None:
         """Deliver a completion for every request. Raises OrpoDistillError when it has to stop."""
-        from openai import HttpxBinaryResponseContent  # a reply as it is: the client's models cost more than the rest
-
-        options, self._raw = self._options, HttpxBinaryResponseContent
-        self._limiter = Limiter(options.requests_per_minute, options.tokens_per_minute)
-        self._servers = Servers([Server(url, _client(options, url, self._key, self._headers)) for url in options.urls])
-        self._slots = asyncio.Semaphore(options.concurrency)  # requests in flight
+        self._missing = len(requests)
         self._finding_out = asyncio.Lock()
-        places = asyncio.Semaphore(options.concurrency)  # prompts under way
+        places = asyncio.Semaphore(self._options.concurrency)  # prompts under way
         tasks: set[asyncio.Task[None]] = set()
-        try:
-            for ask in self._asking.asks(requests):
-                if not await self._place(places):
-                    break
-                tasks.add(task := asyncio.create_task(self._fulfil(ask)))
-                task.add_done_callback(tasks.discard)
-                task.add_done_callback(lambda _: places.release())
-                task.add_done_callback(self._ended)
-            self._all_asked = True
-        except OrpoDistillError as error:  # of a prompt that cannot be made: what is under way still comes back
-            self._halt(error)
-        try:
+        async with self._sender:
+            watching = asyncio.create_task(self._silence.watch())
+            try:
+                for ask in self._asking.asks(requests):
+                    if not await self._place(places):
+                        break
+                    tasks.add(task := asyncio.create_task(self._fulfil(ask)))
+                    task.add_done_callback(tasks.discard)
+                    task.add_done_callback(lambda _: places.release())
+                    task.add_done_callback(self._ended)
+                self._all_asked = True
+            except OrpoDistillError as error:  # of a prompt that cannot be made: what is under way still comes back
+                self._halt(error)
             await self._come_back(tasks)
-        finally:
-            await self._servers.close()
-            await self._commit.close()
+            watching.cancel()
         if self._refused and not self._tally.calls and not self._tally.delivered:
-            self._halt(self._unusable(f"every request was refused, the last with {self._last_refusal}"))
+            self._halt(self._options.unusable(f"every request was refused, the last with {self._last_refusal}"))
+        if isinstance(self._why, BudgetReached):  # now it is known what is missing
+            raise self._options.over_budget(self._why, self._missing)
         if self._why:
             raise self._why
 
@@ -175,7 +195,7 @@ class Buyer:
         while tasks and not self._stopping.is_set():
             await asyncio.wait(tasks, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED)
         end = monotonic() + GRACE
-        while tasks and self._open and monotonic() < end:
+        while tasks and self.open and monotonic() < end and not self._given_up.is_set():
             await asyncio.wait(tasks, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED)
         if tasks:
             _, late = await asyncio.wait(set(tasks), timeout=LOOK)
@@ -188,11 +208,11 @@ class Buyer:
         missing = dict(ask.requests)
         while True:
             if ask.stands is None:
-                ask.stands = await self._commit(lambda ledger: ledger.samples(ask.asked.key))
+                ask.stands = await self._sender.commit(lambda ledger: ledger.samples(ask.asked.key))
             for index in [index for index in missing if index in ask.stands or index in ask.given_up]:
                 request = missing.pop(index)
                 if index in ask.stands:
-                    self._found.put(self._completion(request, ask.stands[index]))
+                    self._deliver(self._completion(request, ask.stands[index]))
             if not missing or self._stopping.is_set():
                 return
             if await self._buy(ask, sorted(missing)):
@@ -201,10 +221,10 @@ class Buyer:
 
     async def _buy(self, ask: Ask, indices: Sequence[int]) -> bool:
         """Try to buy these samples, in one request or in several at once; whether another process is buying any."""
-        if len(indices) > 1 and self._several is None:
+        if len(indices) > 1 and self._sender.several is None:
             async with self._finding_out:
-                return self._several is None and await self._insist(ask, indices)
-        parts = [indices] if self._several or len(indices) == 1 else [[index] for index in indices]
+                return self._sender.several is None and await self._insist(ask, indices)
+        parts = [indices] if self._sender.several or len(indices) == 1 else [[index] for index in indices]
         return any(await asyncio.gather(*(self._insist(ask, part) for part in parts)))
 
     async def _insist(self, ask: Ask, indices: Sequence[int]) -> bool:
@@ -215,17 +235,18 @@ class Buyer:
         failures, since = 0, monotonic()
         while not self._stopping.is_set():
             try:
-                async with self._slots:
-                    await self._attempt(ask, indices)
+                await self._sender.attempt(ask, indices)
                 break
+            except Left:
+                self._halt(self._options.left_in_batch())
             except Busy:
                 return True
             except NotOffered as error:
                 await self._ask_for_one(ask, indices, error)
                 break
             except BudgetReached as error:
-                if not self._open:
-                    self._halt(self._options.over_budget(error))
+                if not self.open:
+                    self._halt(error)
                 await asyncio.sleep(LOOK)  # what is under way counts at its maximum until it is settled
             except OrpoDistillError as error:
                 self._halt(error)
@@ -233,6 +254,7 @@ class Buyer:
                 self._refuse(ask, indices, error)
                 break
             except Fault as error:
+                self._silence.failure = str(error)
                 failures += error.pause is None and self._tally.last_success > since  # "too many" is not its fault
                 since = monotonic()
                 if self._too_long(error) or failures > self._options.retries:
@@ -247,113 +269,27 @@ class Buyer:
         if indices[0] in ask.given_up:
             self._give_up(ask, indices[1:], str(error))
         elif not busy:
-            self._several = False
-
-    async def _attempt(self, ask: Ask, indices: Sequence[int]) -> None:
-        """One request. Raises Fault, Refused, NotOffered, Busy or BudgetReached; else something was bought."""
-        options, most_completion = self._options, self._most_completion
-        expected = ask.most_prompt / 3 + len(indices) * self._tally.mean_completion(most_completion)
-        most = options.most(ask.most_prompt, most_completion * len(indices))
-        async with self._servers.one() as server:
-            await self._limiter.leave(expected)
-            if self._stopping.is_set():
-                return
-            plan = Plan(ask.asked, tuple(indices), most)
-            begin: Operation[int] = lambda ledger: ledger.begin(plan, options.account, options.budget.limits)  # noqa: E731
-            attempt = await self._commit(begin)
-            self._open += 1
-            try:
-                content = await self._send(server, ask, indices, attempt)
-                reply = await self._settle(ask, indices, attempt, content)
-            finally:
-                self._open -= 1
-        usage = reply.usage
-        self._limiter.correct((usage.tokens if usage else expected) - expected)
-        self._learn(len(indices), len(reply.choices))
-        if not reply.choices:
-            raise Fault("the server answered without a choice", paid=False)
-
-    async def _settle(self, ask: Ask, indices: Sequence[int], attempt: int, content: bytes) -> Reply:
-        """Record what a server answered. Raises Fault if that is no reply."""
-        try:
-            reply = read_reply(content, len(indices), ask.most_prompt, self._most_completion)
-        except Malformed as error:
-            found = shown(content.decode(errors="replace"), self._secrets)
-            await self._failed(attempt, fault := Fault(f"{error}, found {found}", paid=True))
-            raise fault from error
-        usage = reply.usage
-        parts = shares(reply.choices, usage.completion if usage else None)
-        money = self._options.cost(usage) if usage else 0.0
-
-        def settle(ledger: Ledger) -> dict[int, Bought]:
-            ledger.settle(attempt, reply.choices, parts, usage, money)
-            return ledger.samples(ask.asked.key)
-
-        ask.stands = await self._commit(settle)
-        self._tally.add(len(reply.choices), usage, money)
-        self._limiter.ease()
-        return reply
-
-    async def _send(self, server: Server, ask: Ask, indices: Sequence[int], attempt: int) -> bytes:
-        """What the server answers. Whatever becomes of the request, the ledger knows."""
-        body = dict(ask.body)
-        if len(indices) > 1:
-            body["n"] = len(indices)
-        elif self._options.seeds:
-            body["seed"] = ask.requests[indices[0]].seed % (1 << 31)  # what every server takes
-        path = "/chat/completions" if self._options.api == "chat" else "/completions"
-        sent = monotonic()
-        try:
-            reply = await server.client.post(path, body=body, cast_to=self._raw)
-        except asyncio.CancelledError:
-            await asyncio.shield(self._failed(attempt, Fault("stopped before the reply came", paid=True)))
-            raise
-        except Exception as error:
-            fault = fault_of(error, self._secrets)
-            if fault is None:
-                raise
-            await self._failed(attempt, fault)
-            if isinstance(fault, Refused) and not fault.everywhere and len(indices) > 1 and self._several is None:
-                raise NotOffered(str(fault), paid=False) from None
-            if not isinstance(fault, Refused) and fault.pause is None:
-                server.failed(sent)
-            raise fault from None
-        server.works()
-        if (pause := asked_pause(reply.response.headers)) is not None:
-            self._limiter.pause(pause)
-        return reply.content
-
-    async def _failed(self, attempt: int, fault: Fault) -> None:
-        await self._commit(lambda ledger: ledger.fail(attempt, str(fault), fault.paid))
-
-    def _learn(self, asked: int, came: int) -> None:
-        """Find out whether the server gives several choices: it does once, or two replies in a row bring just one."""
-        if self._several is None and asked > 1:
-            self._singles = self._singles + 1 if came == 1 else 0
-            self._several = True if came == asked else False if self._singles > 1 else None
+            self._sender.several = False
 
     def _refuse(self, ask: Ask, indices: Sequence[int], error: Refused) -> None:
         """A request that cannot heal: the prompt's own fault, unless nothing else has succeeded either."""
         self._refused, self._last_refusal = self._refused + 1, str(error)
         if error.everywhere or (not self._tally.calls and self._refused >= REFUSED_AT_FIRST):
-            return self._halt(self._unusable(str(error)))
+            return self._halt(self._options.unusable(str(error)))
         return self._give_up(ask, indices, str(error))
-
-    def _unusable(self, found: str) -> ModelError:
-        return ModelError(
-            f"expected {self._options.known_as} to answer, found: {found}; mend the sampler's options or the key, then "
-            "run the same command: what was bought is kept"
-        )
 
     def _give_up(self, ask: Ask, indices: Sequence[int], error: str) -> None:
         """Deliver samples as failed."""
         for index in indices:
             ask.given_up.add(index)
-            self._found.put(Completion(ask.requests[index], "", FinishReason.ERROR, error=error))
+            self._deliver(Completion(ask.requests[index], "", FinishReason.ERROR, error=error))
 
     def _too_long(self, error: Fault) -> bool:
         """Whether only prompts are left that a live server fails on; stops everything where the server is at fault."""
-        silent = self._tally.silent(self._limiter.paused)
+        silent = self._tally.silent(self._sender.limiter.paused)
+        if error.nowhere and silent > NAME_PATIENCE and not self._tally.calls and self._sender.servers.nowhere:
+            self._halt(self._options.unusable(f"{error}, for {silent:.0f} s"))
+            return False
         if silent <= self._options.patience:
             return False
         if error.answered and self._all_asked and self._tally.delivered:
@@ -369,7 +305,7 @@ class Buyer:
     async def _wait(self, fault: Fault, failures: int) -> None:
         """Back off: as long as the server asks for (then all wait), else exponentially with full jitter."""
         if fault.pause is not None:
-            self._limiter.pause(fault.pause)
+            self._sender.limiter.pause(fault.pause)
         else:
             await asyncio.sleep(random.uniform(0, min(LONGEST_BACKOFF, 0.5 * 2.0**failures)))
 
@@ -377,19 +313,6 @@ class Buyer:
         self._tally.delivered += 1
         return read_bought(request, bought, self._options.thinking)
 
-
-def _client(options: OpenAI, url: str, key: str, headers: dict[str, str]) -> AsyncOpenAI:
-    """A client without retries of its own, over aiohttp: httpx's pool takes time with every connection it holds."""
-    from openai import DEFAULT_CONNECTION_LIMITS, AsyncOpenAI, DefaultAioHttpClient
-
-    limits = type(DEFAULT_CONNECTION_LIMITS)(
-        max_connections=options.concurrency, max_keepalive_connections=options.concurrency
-    )
-    return AsyncOpenAI(
-        api_key=key or "none",
-        base_url=url,
-        timeout=options.timeout,
-        max_retries=0,
-        default_headers=headers,
-        http_client=DefaultAioHttpClient(limits=limits, follow_redirects=False),  # headers hold keys
-    )
+    def _deliver(self, completion: Completion) -> None:
+        self._missing -= 1
+        self._found.put(completion)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,39 @@ from orpo_distill.errors import DataError
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
-def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's object with its place, `file:line`. Raises DataError for what cannot be read, with the place."""
+def read_objects(path: Path, skip: Callable[[DataError], None] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's object with its place, `file:line`. Raises DataError for what cannot be read, with the place.
+
+    With `skip` a line that is no object is passed over; `skip` is told.
+    """
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
-                found = json.loads(line)
-                if not isinstance(found, dict):
-                    raise ValueError(f"{type(found).__name__} {str(found)[:40]!r}")
-                yield f"{path}:{number}", found
-    except ValueError as error:
-        raise DataError(f"{path}:{number}: expected a JSON object, found: {error}; mend or remove the line") from error
-    except (OSError, EOFError, zlib.error, RecursionError) as error:
+                place = f"{path}:{number}"
+                try:
+                    found = _object(place, line)
+                except DataError as error:
+                    if skip is None:
+                        raise
+                    skip(error)
+                else:
+                    yield place, found
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"expected JSON Lines at {path}, found: {error}; check the path and the file") from error
+
+
+def _object(place: str, line: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: expected a JSON object, found: {error}; mend or remove the line") from error
+    if not isinstance(found, dict):
+        what = f"{type(found).__name__} {str(found)[:40]!r}"
+        raise DataError(f"{place}: expected a JSON object, found: {what}; mend or remove the line")
+    return found
 
 
 def find_file(path: Path) -> Path:

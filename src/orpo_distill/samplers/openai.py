@@ -6,8 +6,10 @@ Everything bought goes through the ledger (`orpo_distill.ledger`), so that no sa
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -22,12 +24,14 @@ from pydantic import (
 )
 
 from orpo_distill.component import SPEED_ONLY, Options
-from orpo_distill.errors import ConfigError, RunError, missing_extra
-from orpo_distill.ledger import BudgetReached, Ledger, Spent, Usage, default_path
+from orpo_distill.errors import ConfigError, MissingVariable, ModelError, RunError, missing_extra
+from orpo_distill.ledger import BudgetReached, Ledger, Spent, Usage, reading
+from orpo_distill.ledger_file import PATIENCE, default_path
 from orpo_distill.samplers import Generate, Sampler
 from orpo_distill.samplers.replies import Thinking
 
 MILLION = 1_000_000
+LOCK_PATIENCE = 5.0  # seconds for another process's transaction, before that is said and waited for again
 OWN_FIELDS = {
     *("model", "messages", "prompt", "n", "seed", "stream", "temperature", "top_p", "top_k", "stop"),
     *("max_tokens", "max_completion_tokens", "best_of"),
@@ -159,21 +163,21 @@ class OpenAI(Sampler):
         """What the account has come to, calls that may have been paid unseen at their maximum."""
         if not self.price.most(1, 1) or not self.ledger_path.is_file():
             return None
-        with Ledger(self.ledger_path) as ledger:
-            return ledger.spent(self.account).money
+        with reading(self.ledger_path) as books:
+            return books.spent(self.account).money
 
     def check(self) -> None:
-        """Raises ConfigError without the key's environment variable or the package."""
-        self.secrets()
+        """Raises ConfigError without the package, MissingVariable without the key's environment variable."""
         try:
             import aiohttp  # noqa: F401
             import openai  # noqa: F401
             import uvloop  # noqa: F401
         except ImportError as error:
             raise missing_extra("openai[aiohttp] and uvloop", "api") from error
+        self.secrets()
 
     def secrets(self) -> tuple[str, dict[str, str]]:
-        """The key and the headers, from the environment. Raises ConfigError for a variable that is not set."""
+        """The key and the headers, from the environment. Raises MissingVariable for one that is not set."""
         headers = {
             name: _variable(value[1:], f"extra_headers.{name}") if value.startswith("$") else value
             for name, value in self.extra_headers.items()
@@ -186,22 +190,46 @@ class OpenAI(Sampler):
         key, headers = self.secrets()
         return key, *(headers[name] for name, value in self.extra_headers.items() if value.startswith("$"))
 
-    def cost(self, usage: Usage) -> float:
-        """What a reply costs."""
-        return self.price.of(usage) * (self.price.batch if self.batch else 1.0)
+    @property
+    def terms(self) -> str:
+        """The price at which a request leaves, as the ledger keeps it until it is settled."""
+        price = self.price if self.batch else self.price.model_copy(update={"batch": 1.0})
+        return price.model_dump_json()
+
+    def cost(self, usage: Usage, terms: str = "") -> float:
+        """What a reply costs, at the `terms` at which its request left, or at those of now."""
+        price = Price.model_validate_json(terms or self.terms)
+        return price.of(usage) * price.batch
 
     def most(self, prompt: int, completion: int) -> Spent:
         """The most that one request of so many tokens may cost."""
         money = self.price.most(prompt, completion) * (self.price.batch if self.batch else 1.0)
         return Spent(money, prompt + completion, 1)
 
-    def over_budget(self, error: BudgetReached) -> RunError:
+    def over_budget(self, error: BudgetReached, missing: int) -> RunError:
         """The error for a budget that ends before the samples do."""
         limit, spent, most = error.limit, getattr(error.spent, error.limit), getattr(error.most, error.limit)
         return RunError(
-            f"expected the missing samples within the budget of {self.budget.limits[limit]:g} {limit}, found "
-            f"{spent:.6g} spent or under way and up to {most:.6g} more for the next request; what was bought is kept: "
-            f"raise sampler.budget.{limit}, or lower problems.limit or samples, and run the same command"
+            f"expected the {missing} missing samples within the budget of {amount(self.budget.limits[limit])} {limit}, "
+            f"found {amount(spent)} spent or under way and up to {amount(most)} more for the next request; what was "
+            f"bought is kept: raise sampler.budget.{limit}, or lower problems.limit or samples, and run the same "
+            "command"
+        )
+
+    def unusable(self, found: str, do: str = "answer") -> ModelError:
+        """The error for a server that cannot do what is expected of it."""
+        plain = [url for url in self.urls if not re.search(r"/v\d", url)]
+        hint = f" (does {plain[0]} lack /v1 at its end?)" if plain and "HTTP 404" in found else ""
+        return ModelError(
+            f"expected {self.known_as} to {do}, found: {found}{hint}; mend the sampler's options or the key, or see to "
+            "the server, then run the same command: what was bought is kept"
+        )
+
+    def left_in_batch(self) -> RunError:
+        """The error for samples that a batch holds which nobody waits for."""
+        return RunError(
+            f"expected sampler.batch: true while a batch of {self.known_as} holds samples of this run, found false; "
+            "set it until that batch has come back: what it holds is paid for"
         )
 
     @contextmanager
@@ -209,14 +237,11 @@ class OpenAI(Sampler):
         """Open the ledger; `model` is what the server calls it. Raises ConfigError or RunError."""
         from orpo_distill.samplers.batches import BatchPurchase
         from orpo_distill.samplers.buyer import Purchase
+        from orpo_distill.samplers.unsaved import take_in
 
         self.check()
-        with Ledger(self.ledger_path) as ledger:
-            if not self.batch and ledger.open_batches(self.known_as):
-                raise RunError(
-                    f"expected sampler.batch: true while batches of {self.known_as} are under way, found false; set it "
-                    "until they have come back: what they hold is paid for"
-                )
+        with Ledger(self.ledger_path, PATIENCE if self.batch else LOCK_PATIENCE) as ledger:
+            take_in(ledger)
             purchase = (BatchPurchase if self.batch else Purchase)(self, model, ledger)
             try:
                 yield purchase
@@ -224,9 +249,14 @@ class OpenAI(Sampler):
                 purchase.stop()
 
 
+def amount(number: float) -> str:
+    """Money, tokens or calls with six digits that count, never in powers of ten."""
+    return f"{number:,}" if isinstance(number, int) else f"{Decimal(f'{number:.6g}'):f}"
+
+
 def _variable(name: str, where: str) -> str:
     if not (value := os.environ.get(name, "").strip()):
-        raise ConfigError(
+        raise MissingVariable(
             f"sampler.{where}: expected the environment variable {name} to be set, found that it is not; "
             f"export {name}=..."
         )

@@ -12,6 +12,7 @@ BURST = 1.0  # seconds' worth that may leave at once: no minute holds more than 
 LONGEST_PAUSE = 600.0  # seconds; a server that asks for more is asked again by then
 FIRST_GAP, LONGEST_GAP = 0.02, 10.0  # seconds between requests after a pause, twice as long after each further one
 EASE = 0.98  # what is left of that gap after each success
+HALF_LIFE = 20.0  # seconds in which it halves besides: where it is long, successes are too few to shorten it
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhd])")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -27,7 +28,7 @@ class Limiter:
         self._requests = _Flow(requests_per_minute)
         self._tokens = _Flow(tokens_per_minute)
         self._pause_until = self._paused = 0.0
-        self._gap, self._last = 0.0, 0.0
+        self._gap, self._gap_since, self._last = 0.0, 0.0, 0.0
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
 
@@ -36,7 +37,7 @@ class Limiter:
         async with self._turn:
             while True:
                 now = monotonic()
-                gap = self._last + self._gap - now
+                gap = self._last + self._gap_at(now) - now
                 wait = max(self._pause_until - now, gap, self._requests.wait(now), self._tokens.wait(now))
                 if wait <= 0:
                     break
@@ -54,9 +55,17 @@ class Limiter:
         """Seconds of pauses so far, the present one to its end."""
         return self._paused
 
+    @property
+    def pausing(self) -> float:
+        """Seconds that are left of a pause."""
+        return max(0.0, self._pause_until - monotonic())
+
     def ease(self) -> None:
         """Take note of a success."""
-        self._gap = self._gap * EASE if self._gap > FIRST_GAP / 4 else 0.0
+        now = monotonic()
+        gap = self._gap_at(now)
+        self._gap = gap * EASE if gap > FIRST_GAP / 4 else 0.0
+        self._gap_since = max(self._gap_since, now)
 
     def correct(self, tokens: float) -> None:
         """Count `tokens` more for a request that has left, or fewer if negative: a reply said how many there were."""
@@ -68,9 +77,15 @@ class Limiter:
         now = monotonic()
         until = now + min(seconds, LONGEST_PAUSE)
         if now >= self._pause_until:
-            self._gap = min(max(2 * self._gap, FIRST_GAP), LONGEST_GAP)
+            self._gap = min(max(2 * self._gap_at(now), FIRST_GAP), LONGEST_GAP)
+        self._gap_since = max(self._gap_since, until)
         self._paused += max(0.0, until - max(now, self._pause_until))
         self._pause_until = max(self._pause_until, until)
+
+    def _gap_at(self, now: float) -> float:
+        """Seconds between requests; pauses do not shorten it."""
+        halvings = max(0.0, now - self._gap_since) / HALF_LIFE
+        return self._gap * float(0.5**halvings)
 
 
 class _Flow:

@@ -26,6 +26,21 @@ class Malformed(ValueError):
     """A reply that is not what the protocol says."""
 
 
+class Declined(Exception):
+    """A reply of status 200 that is an error all the same: an `error` object where the choices should be.
+
+    `status`: the one that the error names, if any; `kinds`: its code and type. `usage`: what was billed, None if the
+    reply names no tokens, or `billed` if it does in counts that cannot be right.
+    """
+
+    def __init__(self, error: Mapping[str, Any], usage: Usage | None, billed: bool) -> None:
+        self.words = str(error.get("message") or json.dumps(error))
+        self.kinds = {kind for kind in (error.get("code"), error.get("type")) if isinstance(kind, str)}
+        self.status = next((code for name in ("code", "status") if (code := _status(error.get(name)))), None)
+        self.usage, self.billed = usage, billed
+        super().__init__(self.words)
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """The choices of a reply, each as JSON, and what it was billed; None where the counts cannot be right."""
@@ -35,7 +50,7 @@ class Reply:
 
 
 def read_reply(content: bytes, samples: int, most_prompt: int, most_completion: int) -> Reply:
-    """A reply to a request for `samples` choices, of at most so many tokens each. Raises Malformed.
+    """A reply to a request for `samples` choices, of at most so many tokens each. Raises Malformed or Declined.
 
     Counts that are missing, negative, beyond what was asked for or far below what came are not believed.
     """
@@ -44,6 +59,11 @@ def read_reply(content: bytes, samples: int, most_prompt: int, most_completion: 
     except (ValueError, RecursionError) as error:
         raise Malformed("expected JSON") from error
     choices = data.get("choices") if isinstance(data, dict) else None
+    if not choices and (declined := _error(data)):
+        said = data.get("usage")
+        usage = _usage(said, most_prompt, range(samples * most_completion + 1))
+        counts = (said.get("prompt_tokens"), said.get("completion_tokens")) if isinstance(said, dict) else ()
+        raise Declined(declined, usage, billed=usage is None and any(counts))
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise Malformed("expected a list of choices")
     kept = [choice for choice in choices if _body(choice) is not None][:samples]
@@ -103,6 +123,24 @@ def _apart(reasoning: str, content: str) -> tuple[str, str, bool]:
     if content.lstrip().startswith(OPENING):
         return content.lstrip().removeprefix(OPENING).strip(), "", False
     return "", content, True
+
+
+def _error(data: Any) -> Mapping[str, Any] | None:
+    """The error that stands in a reply, if one does: as {"error": {...}}, or as vLLM used to write it."""
+    if not isinstance(data, dict):
+        return None
+    error = data.get("error")
+    if isinstance(error, str) and error:
+        return {"message": error}
+    if isinstance(error, dict) and error:
+        return error
+    return data if data.get("object") == "error" and isinstance(data.get("message"), str) else None
+
+
+def _status(code: Any) -> int | None:
+    """An HTTP status of an error, as a number or its digits."""
+    number = int(code) if isinstance(code, str) and code.isdecimal() else code
+    return _count(number, range(400, 600))
 
 
 def _as_json(choice: Mapping[str, Any]) -> str:

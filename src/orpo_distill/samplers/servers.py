@@ -25,16 +25,18 @@ class Server:
     in_flight: int = 0
     failures: int = field(default=0, init=False)  # in a row
     rests_until: float = field(default=0.0, init=False)
+    nowhere: bool = field(default=False, init=False)  # nobody knew its name, the last time
 
     def works(self) -> None:
         """Take note of a reply."""
-        self.failures, self.rests_until = 0, 0.0
+        self.failures, self.rests_until, self.nowhere = 0, 0.0, False
 
-    def failed(self, sent: float) -> None:
-        """Take note of a request, sent at that time, that the server did not answer.
+    def failed(self, sent: float, nowhere: bool = False) -> None:
+        """Take note of a request, sent at that time, that the server did not answer; `nowhere`: its name is unknown.
 
         What was under way when the rest began says nothing new: many requests that one hiccup ends count once.
         """
+        self.nowhere = nowhere
         if sent < self.rests_until:
             return
         self.failures += 1
@@ -47,6 +49,11 @@ class Servers:
 
     def __init__(self, servers: Sequence[Server]) -> None:
         self._servers = servers
+
+    @property
+    def nowhere(self) -> bool:
+        """Whether nobody knew the name of any of them, the last time."""
+        return all(server.nowhere for server in self._servers)
 
     @asynccontextmanager
     async def one(self) -> AsyncIterator[Server]:

@@ -14,6 +14,7 @@ class Tally:
         self.started = self.last_success = monotonic()
         self.delivered = self.samples = self.calls = self.completion_tokens = self.tokens = 0
         self.money = 0.0
+        self.doubtful = 0  # calls whose bill is missing or cannot be right
         self._failing: tuple[float, float] | None = None  # since when, and the seconds of pauses by then
 
     def silent(self, paused: float) -> float:
@@ -21,6 +22,11 @@ class Tally:
         self._failing = self._failing or (monotonic(), paused)
         since, paused_then = self._failing
         return monotonic() - since - (paused - paused_then)
+
+    @property
+    def failing(self) -> float | None:
+        """Seconds since the first failure after the last success, pauses counted; None if there was none."""
+        return monotonic() - self._failing[0] if self._failing else None
 
     def add(self, samples: int, usage: Usage | None, money: float) -> None:
         """Count a reply."""
@@ -32,6 +38,8 @@ class Tally:
             self.completion_tokens += usage.completion
             self.tokens += usage.tokens
             self.money += money
+        else:
+            self.doubtful += 1
 
     def mean_completion(self, most: int) -> float:
         """Tokens that a sample is expected to have."""
@@ -41,4 +49,5 @@ class Tally:
         """In words."""
         minutes = max(monotonic() - self.started, 1e-9) / 60
         spent = f", {self.money:.4g} spent" if priced else ""
-        return f"{self.calls} calls ({self.calls / minutes:.0f}/min), {self.tokens} tokens{spent}"
+        unknown = f", {self.doubtful} calls of unknown cost" if self.doubtful else ""
+        return f"{self.calls} calls ({self.calls / minutes:.0f}/min), {self.tokens} tokens{spent}{unknown}"

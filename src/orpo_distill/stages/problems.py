@@ -60,14 +60,22 @@ def problems(options: ProblemsOptions, inputs: Mapping[str, Path], out: Path) ->
     write_jsonl(out / "test.jsonl", test)
     write_jsonl(out / "dropped.jsonl", dropped)
     write_jsonl(out / "validation.jsonl", validation)
+    reasons = dict(sorted(Counter(drop.reason for drop in dropped).items()))
     counts = {
         "train": len(taken),
         "train_available": len(kept),
         "validation": len(validation),
         "test": len(test),
-        "dropped": dict(sorted(Counter(drop.reason for drop in dropped).items())),
+        "dropped": reasons,
     }
     return counts | _majority(test)
+
+
+def said_dropped(reasons: Mapping[str, int]) -> str:
+    """In words how many train problems were left out, and why; "" for none."""
+    words = {"in_test": "in test too", "in_validation": "in validation too", "repeated": "repeated in train"}
+    found = ", ".join(f"{number} {words.get(reason, reason)}" for reason, number in reasons.items())
+    return f"{sum(reasons.values())} left out ({found})" if found else ""
 
 
 def decontaminate(

@@ -76,12 +76,7 @@ def _in_waves(
     correct: dict[str, list[str]] = {problem.id: [] for problem in problems}
     asked: dict[str, list[Request]] = {problem.id: [] for problem in problems}
     unfinished = list(problems)
-    for number, first in enumerate(range(0, rule.most, options.samples)):
-        decoding = options.decoding
-        if rule.temperatures:
-            temperature = rule.temperatures[min(number, len(rule.temperatures) - 1)]
-            decoding = decoding.model_copy(update={"temperature": temperature})
-        indices = range(first, min(first + options.samples, rule.most))
+    for number, (indices, decoding) in enumerate(waves(options)):
         wave = [request for problem in unfinished for request in _asking(options, problem, indices)]
         sample_missing(options.sampler, model, wave, decoding, options.policy, out, options.shard)
         for request in wave:
@@ -99,6 +94,20 @@ def _in_waves(
     finish_traces([request for requests in asked.values() for request in requests], out)
     write_jsonl(out / "unsolved.jsonl", (problem for problem in problems if not correct[problem.id]))
     return _metrics(read_jsonl(out / "traces.jsonl", Trace)) | _yield(options.sampler, kept)
+
+
+def waves(options: SampleOptions) -> Iterator[tuple[range, Decoding]]:
+    """Which samples of a problem are asked for together, and how they are drawn: one wave without a stop rule."""
+    rule = options.stopping
+    if rule is None:
+        yield range(options.samples), options.decoding
+        return
+    for number, first in enumerate(range(0, rule.most, options.samples)):
+        decoding = options.decoding
+        if rule.temperatures:
+            temperature = rule.temperatures[min(number, len(rule.temperatures) - 1)]
+            decoding = decoding.model_copy(update={"temperature": temperature})
+        yield range(first, min(first + options.samples, rule.most)), decoding
 
 
 def _correct(

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import PositiveInt, SerializeAsAny, model_validator
 
 from orpo_distill.checkpoints import FINAL, MODEL, is_whole, newest, publish, step_of, sweep
-from orpo_distill.component import Options
+from orpo_distill.component import Options, type_name
 from orpo_distill.config import TrainSection
 from orpo_distill.errors import ConfigError, RunError, missing_extra
 from orpo_distill.groups import Row, default_steps, schedule, tokenize
@@ -108,19 +108,22 @@ def _run(options: TrainOptions, course: Course, args: TrainingArguments, start: 
     done = step_of(start) - course.first_step if start else 0
     if args.process_index == 0:
         cut_log(course.log, course.first_step + done)
-    one = options.first_round == options.last_round
-    label = (
-        f"train round {options.first_round}" if one else f"train rounds {options.first_round} to {options.last_round}"
-    )
     model = _model(options, args)
     longest, limit = max(row.length for step in course.steps for row in step), context_length(model)
     if limit is not None and longest > limit:
         raise ConfigError(
             f"expected train.max_length of at most the student's context, {limit} tokens, found a row of {longest}"
         )
-    with progress(label, len(course.steps), done) as advance, deferred() as stop:
+    with progress(label_of(options), len(course.steps), done) as advance, deferred() as stop:
         watch = Watch(stop, options.train.checkpoint_minutes, advance)
         run(model, tokenizer, args, course, watch, start)
+
+
+def label_of(options: TrainOptions) -> str:
+    """What is said of a stage while it works. Several rounds at once are the control's epochs."""
+    if options.first_round == options.last_round:
+        return f"train round {options.first_round}"
+    return f"train {type_name(type(options.objective))}, {options.last_round - options.first_round + 1} epochs"
 
 
 def _course(
