@@ -95,17 +95,28 @@ def _set_aside(stage: Stage, run: RunFolder) -> None:
 def run_stage(stage: Stage, run: RunFolder, start: Start) -> Manifest:
     """Finish one stage whose inputs are finished, doing only what is missing."""
     asked = _asked_now(stage, run)
-    if run.shares and not stage.own:
-        _link(stage, asked, run)
-    with run.hold(stage.name):
-        return _run_held(stage, asked, run, start)
+    while True:
+        if _shared(stage, run):
+            _link(stage, asked, run)
+        with run.hold(stage.name):
+            if not (_shared(stage, run) and _needs_link(stage, asked, run)):  # since then another run may have had it
+                return _run_held(stage, asked, run, start)
+
+
+def _shared(stage: Stage, run: RunFolder) -> bool:
+    return run.shares and not stage.own
 
 
 def _link(stage: Stage, asked: Asked, run: RunFolder) -> None:
     """Link a stage to the shared folder that was asked for the same. A link to what can grow into it stays."""
-    before = run.asked(stage.name)
-    if before is None or _outdated(stage, before, asked, run):
+    if _needs_link(stage, asked, run) or (run.asked(stage.name) != asked and run.has_shared(stage.name, asked)):
         run.link(stage.name, asked)
+
+
+def _needs_link(stage: Stage, asked: Asked, run: RunFolder) -> bool:
+    """Whether a shared stage's folder is not there, or has become something else."""
+    before = run.asked(stage.name)
+    return not run.of(stage.name).is_dir() or (before is not None and bool(_outdated(stage, before, asked, run)))
 
 
 def _run_held(stage: Stage, asked: Asked, run: RunFolder, start: Start) -> Manifest:
@@ -169,9 +180,9 @@ def _restore_consumed(stage: Stage, by_name: Mapping[str, Stage], run: RunFolder
 def _changes(stage: Stage, before: Asked, options: Mapping[str, Any], run: RunFolder) -> list[str]:
     """Options that changed in a way that the stage cannot grow into, as `key: old -> new`.
 
-    The limits of a stage that has not finished may also be lowered again.
+    The limits of a stage that has not finished may also be lowered again, but for one that another run may be making.
     """
-    finished = (run.of(stage.name) / "manifest.json").exists()
+    finished = _shared(stage, run) or (run.of(stage.name) / "manifest.json").exists()
     keys = sorted({*before.options, *options})
     changed = [key for key in keys if before.options.get(key) != options.get(key)]
     return [
