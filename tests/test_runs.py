@@ -290,6 +290,30 @@ def test_a_stage_that_grows_for_another_run_is_left_to_it(tmp_path: Path) -> Non
     assert not (tmp_path / SHARED / "superseded").exists()
 
 
+def test_what_was_deleted_is_made_beside_what_others_read(tmp_path: Path) -> None:
+    """A second run reads the stage's output while its deleted checkpoint is made again for the first one."""
+    (tmp_path / SHARED).mkdir()
+    plan = stages(Count(), Count())
+    one, other = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "other")
+    for run in (one, other):
+        go(run, plan)
+    again = [plan[0], replace(plan[1], options=Count(letter="b"), consumes={"source": "checkpoint"})]
+    seen = []
+
+    def start(stage: Stage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+        if stage.name == "first":
+            seen.append((state(plan[1], other), (other.of("first") / "text").read_text()))
+            (out / "checkpoint").write_text("c")
+        return Recorder()(stage, inputs, out)
+
+    execute(again, one, start)
+    assert seen == [("finished", "aa")]
+    assert (other.of("first") / "checkpoint").read_text() == "c"
+    assert {path.name for path in (tmp_path / SHARED).iterdir() if path.is_dir()} == {
+        Path(run.of(stage.name)).resolve().name for run, each in ((one, again), (other, plan)) for stage in each
+    }
+
+
 def test_what_was_asked_for_the_same_is_preferred_to_growing(tmp_path: Path) -> None:
     (tmp_path / SHARED).mkdir()
     one, other = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "other")

@@ -14,6 +14,7 @@ What is made anew is moved to `superseded/`, never deleted.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -170,11 +171,29 @@ def _restore_consumed(stage: Stage, by_name: Mapping[str, Stage], run: RunFolder
             say(f"{source.name}: made again, because {stage.name} needs its {file}, which was deleted to save space")
             _restore_consumed(source, by_name, run, start)
             with run.hold(source.name):
-                if not (run.of(source.name) / file).exists():
+                if not _made_beside(source, file, run, start) and not (run.of(source.name) / file).exists():
                     run.supersede(source.name)
             run_stage(source, run, start)
             restored = True
     return restored
+
+
+def _made_beside(source: Stage, file: str, run: RunFolder, start: Start) -> bool:
+    """Make a deleted part of a shared stage beside it, because other runs may be reading what stands.
+
+    False where there is nothing to do, or where the stage comes out otherwise than it was and must be replaced.
+    """
+    folder, manifest = run.of(source.name).resolve(), run.manifest(source.name)
+    if not _shared(source, run) or manifest is None or (folder / file).exists():
+        return False
+    beside = folder.with_name(f".{folder.name}")
+    beside.mkdir(exist_ok=True)
+    start(source, {name: run.of(each) for name, each in source.inputs.items()}, beside)
+    same = content_id([beside / name for name in source.outputs]) == manifest.content
+    if same:
+        (beside / file).rename(folder / file)
+    shutil.rmtree(beside)
+    return same
 
 
 def _changes(stage: Stage, before: Asked, options: Mapping[str, Any], run: RunFolder) -> list[str]:
