@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -265,6 +266,61 @@ def test_a_shared_stage_grows_for_all_and_a_lower_limit_gets_a_folder_of_its_own
     assert go(other, stages(Count(), Count())) == ["first"]  # what was made of it then is still there
     assert (other.of("deep/second") / "text").read_text() == "aaaa"
     assert (one.of("first") / "text").read_text() == "aaa"
+
+
+def test_a_stage_that_grows_for_another_run_is_left_to_it(tmp_path: Path) -> None:
+    """While one run makes more of a shared stage, a second one asks for less of it: it gets a folder of its own."""
+    (tmp_path / SHARED).mkdir()
+    one, other = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "other")
+    for run in (one, other):
+        go(run, stages(Count(), Count()))
+    with ThreadPoolExecutor(1) as pool:
+        meanwhile: list[Future[list[str]]] = []
+
+        def start(stage: Stage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+            if stage.name == "first":
+                meanwhile.append(pool.submit(go, other, stages(Count(), Count())))
+                wait(meanwhile, timeout=1)
+            return Recorder()(stage, inputs, out)
+
+        execute(stages(Count(samples=3), Count()), one, start)
+        assert meanwhile[0].result() == ["first"]
+    assert (one.of("first") / "text").read_text() == "aaa"
+    assert (other.of("first") / "text").read_text() == "aa"
+    assert not (tmp_path / SHARED / "superseded").exists()
+
+
+def test_what_was_deleted_is_made_beside_what_others_read(tmp_path: Path) -> None:
+    """A second run reads the stage's output while its deleted checkpoint is made again for the first one."""
+    (tmp_path / SHARED).mkdir()
+    plan = stages(Count(), Count())
+    one, other = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "other")
+    for run in (one, other):
+        go(run, plan)
+    again = [plan[0], replace(plan[1], options=Count(letter="b"), consumes={"source": "checkpoint"})]
+    seen = []
+
+    def start(stage: Stage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+        if stage.name == "first":
+            seen.append((state(plan[1], other), (other.of("first") / "text").read_text()))
+            (out / "checkpoint").write_text("c")
+        return Recorder()(stage, inputs, out)
+
+    execute(again, one, start)
+    assert seen == [("finished", "aa")]
+    assert (other.of("first") / "checkpoint").read_text() == "c"
+    assert {path.name for path in (tmp_path / SHARED).iterdir() if path.is_dir()} == {
+        Path(run.of(stage.name)).resolve().name for run, each in ((one, again), (other, plan)) for stage in each
+    }
+
+
+def test_what_was_asked_for_the_same_is_preferred_to_growing(tmp_path: Path) -> None:
+    (tmp_path / SHARED).mkdir()
+    one, other = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "other")
+    go(one, stages(Count(), Count()))
+    go(other, stages(Count(samples=3), Count()))
+    assert go(one, stages(Count(samples=3), Count())) == []
+    assert go(other, stages(Count(), Count())) == []
 
 
 def test_a_redone_shared_stage_is_redone_for_all(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ What is made anew is moved to `superseded/`, never deleted.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -95,17 +96,28 @@ def _set_aside(stage: Stage, run: RunFolder) -> None:
 def run_stage(stage: Stage, run: RunFolder, start: Start) -> Manifest:
     """Finish one stage whose inputs are finished, doing only what is missing."""
     asked = _asked_now(stage, run)
-    if run.shares and not stage.own:
-        _link(stage, asked, run)
-    with run.hold(stage.name):
-        return _run_held(stage, asked, run, start)
+    while True:
+        if _shared(stage, run):
+            _link(stage, asked, run)
+        with run.hold(stage.name):
+            if not (_shared(stage, run) and _needs_link(stage, asked, run)):  # since then another run may have had it
+                return _run_held(stage, asked, run, start)
+
+
+def _shared(stage: Stage, run: RunFolder) -> bool:
+    return run.shares and not stage.own
 
 
 def _link(stage: Stage, asked: Asked, run: RunFolder) -> None:
     """Link a stage to the shared folder that was asked for the same. A link to what can grow into it stays."""
-    before = run.asked(stage.name)
-    if before is None or _outdated(stage, before, asked, run):
+    if _needs_link(stage, asked, run) or (run.asked(stage.name) != asked and run.has_shared(stage.name, asked)):
         run.link(stage.name, asked)
+
+
+def _needs_link(stage: Stage, asked: Asked, run: RunFolder) -> bool:
+    """Whether a shared stage's folder is not there, or has become something else."""
+    before = run.asked(stage.name)
+    return not run.of(stage.name).is_dir() or (before is not None and bool(_outdated(stage, before, asked, run)))
 
 
 def _run_held(stage: Stage, asked: Asked, run: RunFolder, start: Start) -> Manifest:
@@ -159,19 +171,37 @@ def _restore_consumed(stage: Stage, by_name: Mapping[str, Stage], run: RunFolder
             say(f"{source.name}: made again, because {stage.name} needs its {file}, which was deleted to save space")
             _restore_consumed(source, by_name, run, start)
             with run.hold(source.name):
-                if not (run.of(source.name) / file).exists():
+                if not _made_beside(source, file, run, start) and not (run.of(source.name) / file).exists():
                     run.supersede(source.name)
             run_stage(source, run, start)
             restored = True
     return restored
 
 
+def _made_beside(source: Stage, file: str, run: RunFolder, start: Start) -> bool:
+    """Make a deleted part of a shared stage beside it, because other runs may be reading what stands.
+
+    False where there is nothing to do, or where the stage comes out otherwise than it was and must be replaced.
+    """
+    folder, manifest = run.of(source.name).resolve(), run.manifest(source.name)
+    if not _shared(source, run) or manifest is None or (folder / file).exists():
+        return False
+    beside = folder.with_name(f".{folder.name}")
+    beside.mkdir(exist_ok=True)
+    start(source, {name: run.of(each) for name, each in source.inputs.items()}, beside)
+    same = content_id([beside / name for name in source.outputs]) == manifest.content
+    if same:
+        (beside / file).rename(folder / file)
+    shutil.rmtree(beside)
+    return same
+
+
 def _changes(stage: Stage, before: Asked, options: Mapping[str, Any], run: RunFolder) -> list[str]:
     """Options that changed in a way that the stage cannot grow into, as `key: old -> new`.
 
-    The limits of a stage that has not finished may also be lowered again.
+    The limits of a stage that has not finished may also be lowered again, but for one that another run may be making.
     """
-    finished = (run.of(stage.name) / "manifest.json").exists()
+    finished = _shared(stage, run) or (run.of(stage.name) / "manifest.json").exists()
     keys = sorted({*before.options, *options})
     changed = [key for key in keys if before.options.get(key) != options.get(key)]
     return [

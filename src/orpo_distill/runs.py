@@ -88,14 +88,19 @@ class RunFolder:
 
     def link(self, stage: str, asked: Asked) -> None:
         """Let a stage's folder be a link to the shared one that was asked for the same, or to a new one."""
-        name = stage.replace("/", "-")
-        same = (folder for folder in sorted(self._shared.glob(f"{name}-*")) if _is_asked(folder, asked))
-        target = next(same, None) or self._new_shared(f"{name}-{asked.key}")
+        target = next(self._same(stage, asked), None) or self._new_shared(f"{_flat(stage)}-{asked.key}")
         target.mkdir(exist_ok=True)
         folder = self.of(stage)
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.unlink(missing_ok=True)
         folder.symlink_to(os.path.relpath(target, folder.parent))
+
+    def has_shared(self, stage: str, asked: Asked) -> bool:
+        """Whether there is a shared folder that was asked for the same."""
+        return any(self._same(stage, asked))
+
+    def _same(self, stage: str, asked: Asked) -> Iterator[Path]:
+        return (folder for folder in sorted(self._shared.glob(f"{_flat(stage)}-*")) if _is_asked(folder, asked))
 
     def _new_shared(self, name: str) -> Path:
         """A shared folder in which nothing was begun; one of this name may since have grown into something else."""
@@ -222,6 +227,10 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {"python": sys.version.split()[0], "platform": platform.platform(), "packages": versions}
+
+
+def _flat(stage: str) -> str:
+    return stage.replace("/", "-")
 
 
 def _is_asked(folder: Path, asked: Asked) -> bool:
