@@ -93,8 +93,10 @@ def _in_words(contrast: Row) -> str:
     return f"{above} above {below}{by} ({_place(contrast)}{weak})"
 
 
-def _place(row: Row) -> str:
-    return ", ".join(str(row[key]) for key in (*WHERE, "budget") if row.get(key) not in (None, ""))
+def _place(row: Row, among: Sequence[Row] = ()) -> str:
+    """Config, task, student and budget of a row; only those in which the rows `among` which it stands differ."""
+    keys = [key for key in (*WHERE, "budget") if not among or len({other.get(key) for other in among}) > 1]
+    return ", ".join(str(row[key]) for key in keys if row.get(key) not in (None, ""))
 
 
 def _facts(cells: Sequence[Row]) -> list[tuple[str, str]]:
@@ -142,7 +144,7 @@ def _seeds(cells: Sequence[Row], seeds: Sequence[Any]) -> list[str]:
     by_seed = {cell.get("seed"): cell for cell in cells}
     written = []
     for seed in seeds:
-        cell = by_seed.get(seed, {})
+        cell = by_seed.get(seed) or by_seed.get(None, {})  # what has no seed is the same for every one
         interval = f" ({between(cell.get('low'), cell.get('high'))})" if cell.get("low") is not None else ""
         written.append((percent(cell.get("accuracy")) + interval).replace(" ", "\u00a0"))
     sizes = sorted({cell["n"] for cell in cells if cell.get("n") is not None})
@@ -171,8 +173,8 @@ def _methods_chart(key: str, name: str, cells: Sequence[Row], keys: Sequence[tup
             for row, method in enumerate(methods)
             if (values := _accuracies(cells, method, budget))
         }
-        _draw_seeds(drawing, place, {at: values for at, (_, values) in own.items()}, str(budget))
-        said += [f"{budget} {method}: {fmean(values):.1%}" for method, values in own.values()]
+        _draw_seeds(drawing, place, {at: values for at, (_, values) in own.items()}, str(budget or "untrained"))
+        said += [f"{budget or 'untrained'} {method}: {fmean(values):.1%}" for method, values in own.values()]
     majority = next((cell["majority"] for cell in cells if cell.get("majority") is not None), None)
     if majority is not None:
         drawing.axes.axvline(majority, color=colour("muted"), linewidth=1, linestyle=":", label="most common answer")
@@ -229,7 +231,6 @@ def _contrast_name(contrast: Row) -> str:
 def _forest(key: str, title: str, contrasts: Sequence[Row]) -> Chart:
     """Differences with their intervals; filled where the test carries them."""
     drawing, said = Drawing(key, height=0.9 + 0.24 * len(contrasts), width=WIDE), []
-    several = len({_place(contrast) for contrast in contrasts}) > 1
     for row, contrast in enumerate(contrasts):
         difference, low, high = (contrast.get(name) for name in ("difference", "low", "high"))
         if difference is None:
@@ -241,7 +242,10 @@ def _forest(key: str, title: str, contrasts: Sequence[Row]) -> Chart:
         drawing.axes.plot([100 * difference], [row], "o", color=ink, markerfacecolor=fill, markersize=5)
         said.append(f"{_contrast_name(contrast)} {points(difference)} ({between(low, high, signed=True)})")
     drawing.axes.axvline(0, color=colour("ink"), linewidth=0.8)
-    names = [_contrast_name(each) + (f" ({_place(each)})" if several else "") for each in contrasts]
+    places = [_place(each, contrasts) for each in contrasts]
+    names = [
+        _contrast_name(each) + (f" ({place})" if place else "") for each, place in zip(contrasts, places, strict=True)
+    ]
     drawing.axes.set_yticks(range(len(contrasts)), labels(names))
     drawing.axes.set_ylim(len(contrasts) - 0.4, -0.6)
     drawing.axes.grid(axis="y", visible=False)
@@ -254,26 +258,27 @@ def _contrast_table(title: str, contrasts: Sequence[Row]) -> Table:
     rows = [
         [
             _contrast_name(contrast),
-            _place(contrast),
+            _place(contrast, contrasts) or _place(contrast),
             points(contrast.get("difference")),
             between(contrast.get("low"), contrast.get("high"), signed=True),
-            _by_seed(contrast),
             count(contrast.get("n")),
             p_value(contrast.get("p")),
             p_value(contrast.get("p_holm")),
             "–" if contrast.get("smallest") is None else f"{100 * contrast['smallest']:.1f}",
             _finding(contrast),
+            _by_seed(contrast),
         ]
         for contrast in contrasts
     ]
-    columns = ["contrast", "where", "difference, points", "95% interval", "by seed (McNemar p)", "n", "p", "p, Holm"]
+    columns = ["contrast", "where", "difference, points", "95% interval", "n", "p", "p, Holm"]
     note = "Smallest: the difference, in points, that this many problems could have shown with 80% power."
-    return Table(title, [*columns, "smallest", "finding"], rows, note)
+    return Table(title, [*columns, "smallest", "finding", "by seed (McNemar p)"], rows, note)
 
 
 def _by_seed(contrast: Row) -> str:
     seeds = contrast.get("seeds") or []
-    return ", ".join(f"{points(seed.get('difference'))} ({p_value(seed.get('p'))})" for seed in seeds) or "–"
+    found = (f"{points(seed.get('difference'))} (p {p_value(seed.get('p'))})" for seed in seeds)
+    return ", ".join(each.replace(" ", "\u00a0") for each in found) or "–"
 
 
 def _finding(contrast: Row) -> str:
