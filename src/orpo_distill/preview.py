@@ -85,6 +85,8 @@ def _checked_counts(config: Config) -> tuple[int | None, int | None]:
     attempt(checkpoint_folder, config.student.model)
     if isinstance(config.teacher.sampler, HF | VLLM):
         attempt(checkpoint_folder, config.teacher.model)
+    if config.teacher.scorer is not None:
+        attempt(checkpoint_folder, config.teacher.scorer)
     for sampler in (config.teacher.sampler, config.student.sampler):
         attempt(type(sampler).check, sampler)
     counts = None
@@ -114,6 +116,8 @@ def _size(stage: Stage, config: Config, train: int | None, test: int | None) -> 
     """A stage's size in words; sizes that depend on what models write are upper bounds."""
     number = int(stage.name.split("/")[0].removeprefix("round-")) if stage.name.startswith("round-") else 0
     kind = stage.work.partition(":")[2]
+    if kind == "score":
+        return f"at most {_times(train, config.pairs.per_problem * 2)} texts, those of earlier rounds left out"
     if kind == "problems":
         return f"{_times(train, 1)} to train on, {_times(test, 1)} to test on"
     if kind in ("sample", "verify"):
@@ -132,6 +136,8 @@ def _size(stage: Stage, config: Config, train: int | None, test: int | None) -> 
     if kind == "train":
         rounds = config.rounds if stage.name.startswith("sft") else 1
         steps = config.train.steps_per_round
+        if config.warmup and stage.name == "warmup/train":
+            rounds, steps = config.warmup.epochs, None
         if steps is None and train is not None:
             return f"at most {rounds * ceil(train * config.pairs.per_problem / config.train.pairs_per_step)} steps"
         return f"{rounds * steps} steps" if steps else "steps as round 1's pairs give"

@@ -30,9 +30,7 @@ class FlexDpo(AgainstReference):
         return self.with_nll(batch, loss, rewards(chosen, rejected, self.beta_chosen, self.beta_rejected))
 
 
-def flex_dpo_loss(
-    chosen_ratios: Tensor, rejected_ratios: Tensor, beta_chosen: float, beta_rejected: float
-) -> Tensor:
+def flex_dpo_loss(chosen_ratios: Tensor, rejected_ratios: Tensor, beta_chosen: float, beta_rejected: float) -> Tensor:
     """-log sigmoid(beta_chosen * chosen - beta_rejected * rejected), (B,). Ratios (B,) as in `dpo_loss`."""
     from torch.nn.functional import softplus
 

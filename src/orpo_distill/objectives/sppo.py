@@ -1,7 +1,8 @@
 """SPPO with hard preferences: each side's log-ratio is regressed to a target of its own (arXiv 2405.00675).
 
-Equation 4.7 with the probability of winning set to 1 for the chosen side and 0 for the rejected one: in distillation the
-verifier has decided. TRL calls it `sppo_hard` and sums the two squares, as we do; the authors' code takes their mean.
+Equation 4.7 with the probability of winning set to 1 for the chosen side and 0 for the rejected one: in distillation
+the verifier has decided. TRL calls it `sppo_hard` and sums the two squares, as we do; the authors' code takes their
+mean.
 """
 
 from __future__ import annotations

@@ -127,7 +127,8 @@ def _likelihood(options: MechanismsOptions, inputs: Mapping[str, Path], found: G
         asked = [one for each in scorings.values() for scoring in each for one in (*scoring.first, *scoring.second)]
         if not asked:
             continue
-        model = options.model if number == 1 else str(inputs[f"round-{number - 1}/train"] / "model")
+        before = f"round-{number - 1}/train" if number > 1 else "warmup/train"
+        model = str(inputs[before] / "model") if before in inputs else options.model
         logps = mean_logps(model, asked, options.train, f"likelihood under student-{number - 1}")
         for stage, each in scorings.items():
             means = [
@@ -165,7 +166,8 @@ def _lines(stage: Path) -> list[Row]:
 def _training(inputs: Mapping[str, Path]) -> Iterator[Row]:
     """First and last tenth of each round's steps, and of all together (round None), for the run and its control."""
     for control in (False, True):
-        names = [name for name in inputs if name.endswith("/train") and name.startswith("sft/") == control]
+        head = "sft/" if control else "round-"
+        names = [name for name in inputs if name.endswith("/train") and name.startswith(head)]
         log = [line for name in names for line in _lines(inputs[name]) if "logps/chosen" in line]
         by_round: defaultdict[int | None, list[Row]] = defaultdict(list)
         for line in log:
