@@ -64,12 +64,12 @@ def with_given(batch: ScoredGroups, rows: Sequence[Row], given: Given) -> Scored
 def _laid_out(batch: ScoredGroups, rows: Sequence[Row], scores: Mapping[str, Score]) -> GivenScores:
     import torch
 
-    values = torch.zeros(2, len(batch.logp_sum), dtype=torch.float32)
+    values = torch.zeros(2, len(batch.logp_sum), device=batch.logp_sum.device)
     sides = [(batch.chosen, [row.pair.chosen_id for row in rows])]
     if len(batch.rejected):
         sides.append((batch.rejected, [row.pair.rejected_id for row in rows]))
-    values = values.to(batch.logp_sum.device)
     for index, ids in sides:
-        found = torch.tensor([(scores[one].logp_sum, scores[one].entropy) for one in ids], dtype=torch.float32)
-        values[:, index] = found.to(values.device).T
+        values[:, index] = torch.tensor(
+            [[scores[one].logp_sum for one in ids], [scores[one].entropy for one in ids]], device=values.device
+        )
     return GivenScores(values[0], values[1])

@@ -129,7 +129,8 @@ def _likelihood(options: MechanismsOptions, inputs: Mapping[str, Path], found: G
             continue
         before = f"round-{number - 1}/train" if number > 1 else "warmup/train"
         model = str(inputs[before] / "model") if before in inputs else options.model
-        logps = mean_logps(model, asked, options.train, f"likelihood under student-{number - 1}")
+        student = "warmup" if before == "warmup/train" and before in inputs else f"student-{number - 1}"
+        logps = mean_logps(model, asked, options.train, f"likelihood under {student}")
         for stage, each in scorings.items():
             means = [
                 tuple(fmean(logps[one] for one in side) for side in (scoring.first, scoring.second))
@@ -138,7 +139,7 @@ def _likelihood(options: MechanismsOptions, inputs: Mapping[str, Path], found: G
             ]
             if means:
                 first, second = (list(side) for side in zip(*means, strict=True))
-                who = {"round": number, "student": f"student-{number - 1}", "source": _policy_of(stage)}
+                who = {"round": number, "student": student, "source": _policy_of(stage)}
                 traces = options.mechanisms.traces
                 yield {**who, "reference": INITIAL, "traces": traces, **paired_means(first, second)}
 
