@@ -56,7 +56,7 @@ def pilot(config: Config, count: int, redo: Sequence[str] = (), keep: Sequence[s
             f"pairs: {pairs['pairs']}, traces sampled for each pair: {traces / max(1, pairs['pairs']):.1f}",
             f"time for all {whole} problems on one device: {_minutes(making)} for sampling, verifying and pairing, "
             f"{_minutes(refreshing)} for refreshing negatives, {_minutes(training)} for training "
-            f"({config.rounds} x {steps} steps); evaluation and loading not counted",
+            f"({config.rounds} x {steps} steps); {_others(config)} not counted",
         ]
     )
 
@@ -100,6 +100,12 @@ def seconds_a_pair(config: Config, pairs: Path) -> float:
     for batch in timed:
         work(batch)
     return (time.monotonic() - started) / sum(map(len, timed))
+
+
+def _others(config: Config) -> str:
+    """What the forecast leaves out."""
+    scores = ["scores of given texts"] if config.objective.requires - {"rejected"} else []
+    return " and ".join(["evaluation", *(["warm-up"] if config.warmup else []), *scores, "loading"])
 
 
 def _minutes(seconds: float) -> str:

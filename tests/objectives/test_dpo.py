@@ -17,6 +17,8 @@ from orpo_distill.objectives.dadpo import DaDpo, dadpo_loss
 from orpo_distill.objectives.dpo import Dpo, dpo_loss
 from orpo_distill.objectives.flex_dpo import FlexDpo
 from orpo_distill.objectives.mallows_dpo import MallowsDpo, dispersion
+from orpo_distill.objectives.mallows_orpo import MallowsOrpo
+from orpo_distill.objectives.orpo import Orpo
 from orpo_distill.objectives.sppo import Sppo
 from tests.objectives.against_reference import given, scored
 
@@ -138,6 +140,12 @@ def test_mallows_scales_the_margin_by_how_sure_the_reference_is() -> None:
     assert loss.metrics["dispersion"].tolist() == pytest.approx(scale)
 
 
+def test_orpos_weight_may_follow_the_dispersion() -> None:
+    """Pairs with entropies 0.5 and 0.5 have c = log 2 with phi 1: ORPO with that weight."""
+    found = MallowsOrpo(weight=0.7, neg_log_dispersion_mean=1.0)(scored(STUDENT, REFERENCE))
+    assert torch.allclose(found.per_pair, Orpo(weight=0.7 * math.log(2))(scored(STUDENT)).per_pair)
+
+
 def test_a_reference_that_is_certain_gives_a_finite_scale() -> None:
     assert dispersion(torch.zeros(1), torch.zeros(1), 1.0).isfinite().all()
     assert dispersion(torch.ones(1), torch.ones(1), 1.0).item() == 0
@@ -152,7 +160,7 @@ def test_finite_with_finite_gradients(chosen: float, rejected: float, beta: floa
     assert ratios.grad[0].item() <= 0 <= ratios.grad[1].item()
 
 
-@pytest.mark.parametrize("loss", [Dpo(), DaDpo(), FlexDpo(), Sppo(), MallowsDpo()])
+@pytest.mark.parametrize("loss", [Dpo(), DaDpo(), FlexDpo(), Sppo(), MallowsDpo(), MallowsOrpo()])
 def test_all_ask_for_the_scores_that_they_use(loss: Objective) -> None:
     assert loss.requires >= {"rejected", "reference_scores"}
     assert ("teacher_scores" in loss.requires) == isinstance(loss, DaDpo)

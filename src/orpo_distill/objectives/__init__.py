@@ -61,6 +61,7 @@ class Objective(Component):
         "dpo": "orpo_distill.objectives.dpo:Dpo",
         "flex_dpo": "orpo_distill.objectives.flex_dpo:FlexDpo",
         "mallows_dpo": "orpo_distill.objectives.mallows_dpo:MallowsDpo",
+        "mallows_orpo": "orpo_distill.objectives.mallows_orpo:MallowsOrpo",
         "orpo": "orpo_distill.objectives.orpo:Orpo",
         "sft": "orpo_distill.objectives.sft:Sft",
         "sppo": "orpo_distill.objectives.sppo:Sppo",
