@@ -163,6 +163,33 @@ def test_adapters_go_on_from_the_warm_up_and_are_extrapolated(tmp_path: Path) ->
         assert torch.allclose(moved[name], first[name] + 1.5 * (last[name] - first[name]), atol=1e-5), name
 
 
+def test_compared_they_share_the_warm_up_and_the_references_scores(tmp_path: Path) -> None:
+    path = experiment(tmp_path, teacher=teacher(tmp_path), rounds=1, mechanisms={"enabled": False})
+    asked = ("--methods", "orpo-off,dpo,dadpo", "--seeds", 1, "--learning-rates", "1e-3", "--budgets", "epochs")
+    done = cli("compare", path, *asked)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/demo-compare"
+    cells = json.loads((folder / "compare.json").read_bytes())["cells"]
+    assert {cell["method"] for cell in cells} == {"zero-shot", "orpo-off", "dpo", "dadpo"}
+    off, dpo, dadpo = (folder / f"{name}-epochs-s0" for name in ("orpo-off", "dpo", "dadpo"))
+    for stage in ("warmup/train", "round-1/reference-scores"):
+        assert (dpo / stage).samefile(dadpo / stage)
+    assert (dpo / "round-1/pairs").samefile(off / "round-1/pairs")
+    assert not (dpo / "round-1/train").samefile(dadpo / "round-1/train")
+    assert not (off / "warmup").exists()
+
+
+def test_check_and_pilot_know_them(tmp_path: Path) -> None:
+    path = experiment(tmp_path, teacher=teacher(tmp_path), objective="dadpo", warmup={"epochs": 1})
+    checked = cli("check", path)
+    assert checked.returncode == 0 and "round-2/teacher-scores" in checked.stdout, checked.stderr
+    piloted = cli("run", path, "--pilot", "6")
+    assert piloted.returncode == 0, piloted.stderr
+    assert "evaluation, warm-up, scores of given texts and loading not counted" in piloted.stdout
+    gone = cli("check", path, f"teacher.scorer={tmp_path / 'gone/away'}")
+    assert gone.returncode == 2 and "expected a checkpoint's folder or a hub id, found nothing at" in gone.stderr
+
+
 def test_without_new_settings_no_new_stage(tmp_path: Path) -> None:
     """ORPO's plan has the stages that it had before there were relatives."""
     names = [stage.name for stage in plan(load_config(experiment(tmp_path)))]

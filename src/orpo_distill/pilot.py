@@ -105,7 +105,7 @@ def seconds_a_pair(config: Config, pairs: Path) -> float:
 def _others(config: Config) -> str:
     """What the forecast leaves out."""
     scores = ["scores of given texts"] if config.objective.requires - {"rejected"} else []
-    return " and ".join(["evaluation", *(["warm-up"] if config.warmup else []), *scores, "loading"])
+    return ", ".join(["evaluation", *(["warm-up"] if config.warmup else []), *scores]) + " and loading"
 
 
 def _minutes(seconds: float) -> str:
