@@ -26,11 +26,13 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from orpo_distill.component import SPEED_ONLY, Component, Options, component_class
+from orpo_distill.component import SPEED_ONLY, Component, Options, component_class, type_name
 from orpo_distill.errors import ConfigError
 from orpo_distill.mixing import PHI_FORMS, AdaptivePhi, PhiSetting, PhiUnit
-from orpo_distill.objectives import Objective
+from orpo_distill.objectives import INPUTS, Objective
 from orpo_distill.samplers import Decoding, Sampler
+from orpo_distill.samplers.hf import HF
+from orpo_distill.samplers.vllm import VLLM
 from orpo_distill.tasks import Task
 
 C = TypeVar("C", bound=Component)
@@ -59,6 +61,12 @@ class TeacherSection(Options):
     stop_at: PositiveInt | None = None  # correct, diverse traces after which a problem is left: waves of `samples`
     max_samples: PositiveInt | None = None  # most traces of a hard problem, with `stop_at`
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()  # of the waves; the last one goes on
+    scorer: str | None = None  # a checkpoint that scores given texts as the teacher; default: `model`, where it is one
+
+    @property
+    def scored_by(self) -> str | None:
+        """The checkpoint that can say how likely the teacher finds a given text; None where there is none."""
+        return self.scorer or (self.model if isinstance(self.sampler, HF | VLLM) else None)
 
     @model_validator(mode="after")
     def _stops(self) -> Self:
@@ -136,6 +144,36 @@ class TrainSection(Options):
     keep: Annotated[Literal["last", "all"], SPEED_ONLY] = "last"  # optimizer states of finished rounds
 
 
+class WarmupSection(Options):
+    """Training before the rounds; its student is where round 1 starts, and the reference of DPO and its relatives."""
+
+    objective: SerializeAsAny[Objective] = Field(default="sft", validate_default=True)
+    epochs: PositiveInt = 1
+    learning_rate: float | None = Field(None, gt=0)  # default: that of `train`; the schedule is its own
+    schedule: Literal["cosine", "linear", "constant"] | None = None  # default: that of `train`
+
+    @model_validator(mode="after")
+    def _needs_no_scores(self) -> Self:
+        if unknown := self.objective.requires - {"rejected"}:
+            raise ValueError(
+                f"expected a warm-up by texts alone, such as sft, found one that requires {sorted(unknown)}"
+            )
+        return self
+
+
+class ExtrapolateSection(Options):
+    """ExPO: the trained student moved on, away from where it started, by the alpha that is best on validation."""
+
+    alpha: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 0.1, 0.3, 0.5)
+    origin: Literal["initial", "warmup"] = "initial"  # the student that the difference is taken from
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if not self.alpha or len(set(self.alpha)) < len(self.alpha):
+            raise ValueError(f"expected different values of alpha, at least one, found {list(self.alpha)}")
+        return self
+
+
 class VerifySection(Options):
     """How verdicts are made."""
 
@@ -196,7 +234,9 @@ class Config(Options):
     verify: VerifySection = VerifySection()
     pairs: PairsSection = PairsSection()
     objective: SerializeAsAny[Objective] = Field(default="orpo", validate_default=True)
+    warmup: WarmupSection | None = None
     train: TrainSection = TrainSection()
+    extrapolate: ExtrapolateSection | None = None
     evaluate: EvaluateSection = EvaluateSection()
     mechanisms: MechanismsSection = MechanismsSection()
     launch: Annotated[LaunchSection, SPEED_ONLY] = LaunchSection()
@@ -210,8 +250,7 @@ class Config(Options):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if unknown := self.objective.requires - {"rejected"}:
-            raise ValueError(f"expected an objective that requires nothing but 'rejected', found {sorted(unknown)}")
+        self._check_scores()
         phi = self.pairs.phi
         if isinstance(phi, tuple) and (len(phi) != self.rounds or phi[0]):
             raise ValueError(
@@ -234,6 +273,21 @@ class Config(Options):
                     f"expected {where}.decoding.temperature > 0 to draw {role.samples} different traces, found 0"
                 )
         return self
+
+    def _check_scores(self) -> None:
+        """That whatever the objective and extrapolation need can be had."""
+        if unknown := self.objective.requires - INPUTS.keys():
+            raise ValueError(f"expected an objective that requires {' or '.join(INPUTS)}, found {sorted(unknown)}")
+        if "teacher_scores" in self.objective.requires and self.teacher.scored_by is None:
+            raise ValueError(
+                f"expected a teacher that can score given texts for {type_name(type(self.objective))}, found "
+                f"{type_name(type(self.teacher.sampler))}, which only writes texts; name the teacher's checkpoint in "
+                "teacher.scorer, or take an objective that needs no more than texts, such as orpo or dpo"
+            )
+        if self.extrapolate and self.problems.validation is None:
+            raise ValueError("expected problems.validation beside extrapolate, which chooses alpha on it, found null")
+        if self.extrapolate and self.extrapolate.origin == "warmup" and self.warmup is None:
+            raise ValueError("expected warmup beside extrapolate.origin: warmup, found none")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -112,6 +112,9 @@ SAID = {
     "verify": ("correct", "wrong", "ambiguous", "unparseable", "truncated", "failed"),
     "phi": ("phi", "latest", "initial"),
     "pair": ("phi", "pairs", "paired_problems", "fell_back"),
+    "score": ("policy", "scored", "tokens"),
+    "extrapolate": ("alpha",),
+    "choose": ("alpha",),
     "mechanisms": ("scored_problems", "warnings"),
     "train": ("steps", "tokens", "nll_loss", "rewards/accuracies"),
 }

@@ -6,6 +6,7 @@ model's own type, or nothing at all where memory is short: then the layer runs a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,10 +41,31 @@ def label_logps(
 
 
 def _logps(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None) -> Tensor:
-    logits = head(hidden)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return pick(logits, labels)
+    return pick(_capped(head(hidden), softcap), labels)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def label_scores(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None = None) -> Tensor:
+    """What `label_logps` gives and the entropy that `entropies` gives, (2, M) float32. Keeps nothing for gradients."""
+    weight: Any = head.weight
+    step = max(ROWS, CHUNK // weight.shape[0])
+    found = []
+    for start in range(0, len(hidden), step):
+        logits = _capped(head(hidden[start : start + step]), softcap)
+        found.append(torch.stack([pick(logits, labels[start : start + step]), entropies(logits)]))
+    return torch.cat(found, dim=1)
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """The entropy of the softmax of logits (M, V), divided by log V: (M,) float32 from 0 to 1, a few rows at a time."""
+    found = []
+    for part in torch.split(logits, ROWS):
+        logps = part.float().log_softmax(-1)
+        found.append(torch.special.entr(logps.exp()).sum(-1))
+    return torch.cat(found) / math.log(logits.shape[-1])
 
 
 def pick(logits: Tensor, labels: Tensor) -> Tensor:

@@ -162,6 +162,22 @@ def restore(model: PreTrainedModel, folder: str) -> None:
     model.load_state_dict(saved.state_dict())
 
 
+def begin_from(model: Any, folder: Path) -> None:
+    """Put the weights of a checkpoint, or of an adapter where the model has one, into a model before its training.
+
+    Raises ModelError where they do not fit.
+    """
+    with _attributed("model", str(folder)):
+        if not hasattr(model, "peft_config"):
+            restore(model, str(folder))
+            return
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        found: Any = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        if found.unexpected_keys:
+            raise ValueError(f"{len(found.unexpected_keys)} unknown weights, such as {found.unexpected_keys[0]}")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -15,6 +15,7 @@ from typing import Any
 
 from orpo_distill.config import Config
 from orpo_distill.experiment import run
+from orpo_distill.given import nothing_known, with_given
 from orpo_distill.groups import Row, default_steps, tokenize
 from orpo_distill.mixing import foreseen_phi
 from orpo_distill.models import load_model, load_tokenizer, pick_device
@@ -55,7 +56,7 @@ def pilot(config: Config, count: int, redo: Sequence[str] = (), keep: Sequence[s
             f"pairs: {pairs['pairs']}, traces sampled for each pair: {traces / max(1, pairs['pairs']):.1f}",
             f"time for all {whole} problems on one device: {_minutes(making)} for sampling, verifying and pairing, "
             f"{_minutes(refreshing)} for refreshing negatives, {_minutes(training)} for training "
-            f"({config.rounds} x {steps} steps); evaluation and loading not counted",
+            f"({config.rounds} x {steps} steps); {_others(config)} not counted",
         ]
     )
 
@@ -86,10 +87,11 @@ def seconds_a_pair(config: Config, pairs: Path) -> float:
     steps = (rows[start : start + train.pairs_per_step] for start in range(0, len(rows), train.pairs_per_step))
     batches = itertools.chain.from_iterable(micro_batches(step, train.tokens_per_batch) for step in steps)
     timed = list(itertools.islice(batches, MOST_TIMED))
+    given = nothing_known(objective.requires, rows)
 
     def work(batch: Sequence[Row]) -> None:
         scored = score(model, collate(batch, objective.scores_prompt, device), 1.0)
-        loss: Any = objective(scored).per_pair.sum()
+        loss: Any = objective(with_given(scored, batch, given)).per_pair.sum()
         loss.backward()
         loss.item()  # waits for the device
 
@@ -98,6 +100,12 @@ def seconds_a_pair(config: Config, pairs: Path) -> float:
     for batch in timed:
         work(batch)
     return (time.monotonic() - started) / sum(map(len, timed))
+
+
+def _others(config: Config) -> str:
+    """What the forecast leaves out."""
+    scores = ["scores of given texts"] if config.objective.requires - {"rejected"} else []
+    return ", ".join(["evaluation", *(["warm-up"] if config.warmup else []), *scores]) + " and loading"
 
 
 def _minutes(seconds: float) -> str:

@@ -6,6 +6,7 @@ from the latest student what the coin of phi sends there, verify, pair, train on
 
 from __future__ import annotations
 
+from orpo_distill.additions import CHOSEN, chosen, extrapolated, folder_of, policy_of, score_stages
 from orpo_distill.component import type_name
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
@@ -32,17 +33,20 @@ ASKING = ("task.prompt", "task.system", "task.examples")
 
 def plan(config: Config) -> list[Stage]:
     """Every stage of a run, in an order in which each one's inputs come before it."""
-    uses_student = _reads_student(config)
+    uses_student = any(_reads_student(config, one) for one in _objectives(config))
     stages = [_problems(config), *_sampled(config, "teacher")]
     if uses_student:
         stages += _sampled(config, "student-0")
     stages += [_pair(config, 1), _evaluate(config, "baseline", "student-0", model=config.student.model)]
+    stages += _warmup(config)
     for number in range(1, config.rounds + 1):
         if number > 1:
-            if _uses_student(config):
+            if _uses_student(config, config.objective):
                 stages += _refreshed(config, number)
             stages.append(_pair(config, number))
+        stages += score_stages(config, number)
         stages += [_train(config, number), _evaluate(config, f"round-{number}/evaluate", f"student-{number}")]
+    stages += _extrapolated(config)
     if config.evaluate.teacher:
         stages.append(_evaluate(config, "teacher-evaluate", "teacher", model=config.teacher.model))
     if config.evaluate.sft:
@@ -162,8 +166,9 @@ def _verify(config: Config, name: str, traces: str) -> Stage:
     )
 
 
-def _pair(config: Config, number: int) -> Stage:
-    uses_student = _uses_student(config)
+def _pair(config: Config, number: int, objective: Objective | None = None, name: str = "") -> Stage:
+    objective = objective or config.objective
+    uses_student = _uses_student(config, objective)
     phi = _phi(config, number) if uses_student else foreseen_phi(config.pairs.phi, number, config.rounds)
     options = PairOptions(
         **{**dict(config.pairs), "phi": phi},
@@ -174,10 +179,10 @@ def _pair(config: Config, number: int) -> Stage:
         tokenizer=config.student.model,
         trust_remote_code=config.train.trust_remote_code,
         max_length=config.train.max_length,
-        needs_rejected="rejected" in config.objective.requires,
+        needs_rejected="rejected" in objective.requires,
     )
     inputs = {"problems": "problems", "teacher": "teacher", "teacher-verdicts": "teacher-verdicts"}
-    if _reads_student(config):
+    if _reads_student(config, objective):
         inputs |= {"initial": "student-0", "initial-verdicts": "student-0-verdicts"}
     if uses_student:
         if phi is None:
@@ -186,7 +191,7 @@ def _pair(config: Config, number: int) -> Stage:
             latest = f"round-{number}/student"
             inputs |= {"latest": latest, "latest-verdicts": f"{latest}-verdicts"}
     return Stage(
-        f"round-{number}/pairs",
+        name or f"round-{number}/pairs",
         "orpo_distill.stages.pair:pair",
         options,
         inputs,
@@ -200,6 +205,9 @@ def _train(config: Config, number: int) -> Stage:
     inputs = {"pairs": f"round-{number}/pairs"}
     if number > 1:
         inputs["previous"] = f"round-{number - 1}/train"
+    elif config.warmup:
+        inputs["start"] = "warmup/train"
+    inputs |= {stage.name.partition("/")[2]: stage.name for stage in score_stages(config, number)}
     options = _train_options(config, config.objective, number, number)
     return Stage(
         f"round-{number}/train",
@@ -221,6 +229,38 @@ def _train_options(config: Config, objective: Objective, first: int, last: int) 
         last_round=last,
         seed=config.seed,
     )
+
+
+def _warmup(config: Config) -> list[Stage]:
+    """Training before the rounds, with a schedule of its own, on pairs made of the same traces as round 1's."""
+    section = config.warmup
+    if section is None:
+        return []
+    own = {"learning_rate": section.learning_rate, "schedule": section.schedule}
+    changed = {"steps_per_round": None} | {key: value for key, value in own.items() if value is not None}
+    options = TrainOptions(
+        model=config.student.model,
+        train=config.train.model_copy(update=changed),
+        objective=section.objective,
+        rounds=section.epochs,
+        first_round=1,
+        last_round=section.epochs,
+        seed=config.seed,
+    )
+    pairs = _pair(config, 1, section.objective, "warmup/pairs")
+    work, inputs = "orpo_distill.stages.train:train", {"pairs": pairs.name}
+    train = Stage("warmup/train", work, options, inputs, outputs=("model",))
+    return [pairs, train, _evaluate(config, "warmup/evaluate", "warmup")]
+
+
+def _extrapolated(config: Config) -> list[Stage]:
+    """The last student moved on by each alpha, all evaluated, and the choice among them (ExPO)."""
+    stages: list[Stage] = []
+    for alpha in config.extrapolate.alpha if config.extrapolate else ():
+        if alpha:
+            policy = policy_of(config, alpha)
+            stages += [extrapolated(config, alpha), _evaluate(config, f"{folder_of(alpha)}/evaluate", policy)]
+    return [*stages, chosen(config)] if config.extrapolate else []
 
 
 def _sft(config: Config) -> list[Stage]:
@@ -305,9 +345,13 @@ def _export(config: Config) -> Stage:
         dtype=config.train.dtype,
         trust_remote_code=config.train.trust_remote_code,
     )
-    inputs = {"model": f"round-{config.rounds}/train", "report": "report"}
+    inputs = {"model": CHOSEN if config.extrapolate else f"round-{config.rounds}/train", "report": "report"}
     outputs = ("config.json",)
     return Stage("student", "orpo_distill.stages.export:export", options, inputs, outputs, frozenset("*"), own=True)
+
+
+def _objectives(config: Config) -> list[Objective]:
+    return [config.objective, *([config.warmup.objective] if config.warmup else [])]
 
 
 def _student_samples(config: Config) -> int:
@@ -315,15 +359,13 @@ def _student_samples(config: Config) -> int:
     return min(config.student.samples, config.pairs.traces or config.student.samples)
 
 
-def _reads_student(config: Config) -> bool:
+def _reads_student(config: Config, objective: Objective) -> bool:
     """Whether the initial student's traces are needed: as negatives, or to match the teacher's with."""
-    return "rejected" in config.objective.requires and (
-        config.pairs.negatives_from == "student" or config.pairs.matched
-    )
+    return "rejected" in objective.requires and (config.pairs.negatives_from == "student" or config.pairs.matched)
 
 
-def _uses_student(config: Config) -> bool:
-    return "rejected" in config.objective.requires and config.pairs.negatives_from == "student"
+def _uses_student(config: Config, objective: Objective) -> bool:
+    return "rejected" in objective.requires and config.pairs.negatives_from == "student"
 
 
 def _phi(config: Config, number: int) -> float | None:

@@ -101,6 +101,8 @@ def _checked_counts(config: Config, missing: list[str]) -> Counts:
 
     if isinstance(config.teacher.sampler, HF | VLLM):
         attempt(checkpoint_folder, config.teacher.model, "teacher.model")
+    if config.teacher.scorer is not None:
+        attempt(checkpoint_folder, config.teacher.scorer, "teacher.scorer")
     attempt(checkpoint_folder, config.student.model, "student.model")
     for role, sampler in (("teacher", config.teacher.sampler), ("student", config.student.sampler)):
         attempt(type(sampler).check, sampler, f"{role}.sampler")
@@ -130,6 +132,8 @@ def _size(stage: Stage, config: Config, counts: Counts) -> str:
     train, test = counts.train, counts.test
     number = int(stage.name.split("/")[0].removeprefix("round-")) if stage.name.startswith("round-") else 0
     kind = stage.work.partition(":")[2]
+    if kind == "score":
+        return f"at most {_times(train, config.pairs.per_problem * 2)} texts, those of earlier rounds left out"
     if kind == "problems":
         dropped = f", {counts.dropped}" if counts.dropped else ""
         return f"{_times(train, 1)} to train on, {_times(test, 1)} to test on{dropped}"
@@ -149,6 +153,8 @@ def _size(stage: Stage, config: Config, counts: Counts) -> str:
     if kind == "train":
         rounds = config.rounds if stage.name.startswith("sft") else 1
         steps = config.train.steps_per_round
+        if config.warmup and stage.name == "warmup/train":
+            rounds, steps = config.warmup.epochs, None
         if steps is None and train is not None:
             return f"at most {rounds * ceil(train * config.pairs.per_problem / config.train.pairs_per_step)} steps"
         return f"{rounds * steps} steps" if steps else "steps as round 1's pairs give"

@@ -119,6 +119,20 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a model finds a trace's text as the answer to its prompt. Sums in nats, over the model's own tokens.
+
+    The text's end counts as a token unless it was cut. `prompt_id` is a hash of the messages that stand before it.
+    """
+
+    trace_id: str
+    prompt_id: str
+    logp_sum: float
+    tokens: int
+    entropy: float  # mean over the tokens of the next-token distribution's entropy over log V, from 0 to 1
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What a model answered to one problem when it was evaluated."""
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from orpo_distill import attention
 from orpo_distill.errors import ModelError, ran_out_of_memory
 from orpo_distill.groups import Row
-from orpo_distill.head import label_logps, pick
+from orpo_distill.head import entropies, label_logps, label_scores, pick
 from orpo_distill.objectives import ScoredGroups
 from orpo_distill.packing import Batch, collate, pad
 
@@ -47,6 +47,19 @@ def score(model: nn.Module, batch: Batch, mean_chosen_tokens: float) -> ScoredGr
         rejected=batch.rejected,
         mean_chosen_tokens=mean_chosen_tokens,
     )
+
+
+def measure(model: nn.Module, batch: Batch) -> Tensor:
+    """(3, N) float32, without gradients, of each of the batch's traces, with a model that was prepared.
+
+    The log-probability of its tokens in nats, summed; how many they are; the mean over them of the entropy of the
+    distribution that each was picked from, over log V.
+    """
+    with torch.no_grad():
+        found: Tensor = model(packed=batch, entropy=True)  # (2, M)
+        sums = found.new_zeros(2, len(batch.scored)).index_add(1, batch.owner, found)[:, : len(batch.prompt)]
+        tokens = batch.scored[: len(batch.prompt)].to(sums.dtype)
+        return torch.stack([sums[0], tokens, sums[1] / tokens])
 
 
 @dataclasses.dataclass
@@ -161,14 +174,20 @@ class _Forward:
         self.picks = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
-    def __call__(self, model: Any, *inputs: Any, packed: Batch | None = None, **options: Any) -> Any:
+    def __call__(
+        self, model: Any, *inputs: Any, packed: Batch | None = None, entropy: bool = False, **options: Any
+    ) -> Any:
         if packed is None:
             with self._ordinary_attention(model):
                 return self.own(*inputs, **options)
         given, at = self._inputs(packed)
         if not self.route.head:
-            return pick(self.own(**given).logits.flatten(0, 1)[at], packed.labels)
+            logits = self.own(**given).logits.flatten(0, 1)[at]
+            logps = pick(logits, packed.labels)
+            return torch.stack([logps, entropies(logits)]) if entropy else logps
         hidden = model.base_model(**given).last_hidden_state.flatten(0, 1)[at]
+        if entropy:
+            return label_scores(hidden, model.get_output_embeddings(), packed.labels, self.softcap)
         recompute = self.route.recompute and model.training
         return label_logps(hidden, model.get_output_embeddings(), packed.labels, self.softcap, recompute)
 

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from orpo_distill.checkpoints import damaged, seal, sweep
 from orpo_distill.component import blamed, type_name
 from orpo_distill.errors import OrpoDistillError, RunError, TrainingError, ran_out_of_memory
+from orpo_distill.given import Given, with_given
 from orpo_distill.groups import Row
 from orpo_distill.interrupt import Stop
 from orpo_distill.models import restore, save_checkpoint
@@ -46,6 +47,7 @@ class Course:
     objective: Objective
     tokens_per_batch: int
     log: Path  # one JSON line a step
+    given: Given = field(default_factory=dict)  # what other models gave the traces
 
     @property
     def last_step(self) -> int:
@@ -138,7 +140,7 @@ class GroupTrainer(Trainer):
         batch = collate(rows, objective.scores_prompt, str(self.args.device))
         scored = score(model, batch, step.mean_chosen_tokens(objective.scores_prompt))
         with blamed(objective):
-            loss = objective(scored)
+            loss = objective(with_given(scored, rows, self.course.given))
         if loss.per_pair.shape != (len(rows),):
             raise TrainingError(
                 f"expected a loss a pair ({len(rows)}) of {type_name(type(objective))}, found the shape "

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from orpo_distill.compare.methods import DEFAULT, METHODS, PRIMARY, configured, parse_methods, parse_sweep
+from orpo_distill.compare.methods import DEFAULT, METHODS, PRIMARY, RELATIVES, configured, parse_methods, parse_sweep
 from orpo_distill.config import Config, parse_config
 from orpo_distill.errors import ConfigError
+from orpo_distill.objectives.dpo import Dpo
 from orpo_distill.objectives.orpo import Orpo
 from orpo_distill.objectives.sft import Sft
+from orpo_distill.objectives.sppo import Sppo
 
 
 def config(**changes: Any) -> Config:
@@ -52,6 +54,34 @@ def test_what_a_method_is_does_not_follow_the_config() -> None:
     for method in ("orpo-zero", "orpo-off", "orpo-mixed", "orpo-on"):
         pairs = configured(base, method).pairs
         assert (pairs.negatives_from, pairs.matched) == ("student", False)
+
+
+def test_relatives_take_the_rows_of_orpo_off_after_a_warm_up() -> None:
+    off = configured(config(), "orpo-off")
+    for method in RELATIVES:
+        found = configured(config(), method)
+        assert found.pairs == off.pairs and found.warmup is not None
+        assert found.model_copy(update={"objective": off.objective, "warmup": None}) == off
+    assert configured(config(), "dpo-nll").objective == Dpo(nll_weight=1.0)
+    longer = config(warmup={"epochs": 3}, objective={"type": "dpo", "beta": 0.02})
+    assert configured(longer, "dpo").warmup == longer.warmup
+    assert configured(longer, "dpo").objective == Dpo(beta=0.02)
+    assert not set(RELATIVES) & set(DEFAULT)
+
+
+def test_options_of_one_name_and_two_meanings_are_not_taken_over() -> None:
+    """A beta of DPO is no beta of SPPO, nor its reference; how likelihood is measured is the same for both."""
+    base = config(objective={"type": "dpo", "beta": 0.3, "nll_on": "full", "nll_weight": 0.2})
+    assert configured(base, "sppo").objective == Sppo(nll_on="full", nll_weight=0.2)
+    assert configured(base, "orpo-off").objective == Orpo(nll_on="full")
+
+
+def test_dadpo_needs_a_teacher_that_scores() -> None:
+    owned = {"model": "big", "sampler": {"type": "recorded", "path": "texts.jsonl"}}
+    with pytest.raises(ConfigError, match="expected a teacher that can score given texts for dadpo, found recorded"):
+        configured(config(teacher=owned), "dadpo")
+    scored = configured(config(teacher=owned | {"scorer": "weights"}), "dadpo")
+    assert scored.teacher.scored_by == "weights" and config().teacher.scored_by == "big"
 
 
 def test_the_teachers_negatives_bring_their_counterpart() -> None:

@@ -19,7 +19,10 @@ from orpo_distill.errors import ConfigError
 from orpo_distill.objectives import Objective
 
 ORPO = {"objective": "orpo"}
-AGAINST_STUDENT = {**ORPO, "pairs.negatives_from": "student", "pairs.matched": False}
+FROM_STUDENT = {"pairs.negatives_from": "student", "pairs.matched": False}
+AGAINST_STUDENT = {**ORPO, **FROM_STUDENT}
+# DPO without a warm-up collapses (Zephyr).
+AFTER_SFT = {**FROM_STUDENT, "pairs.phi": 0.0, "warmup": {"objective": "sft", "epochs": 1}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,29 @@ METHODS: Mapping[str, Method] = {
         "ORPO with a phi that follows the yield of the latest student's wrong traces (from round 3 on)",
         {**AGAINST_STUDENT, "pairs.phi": "adaptive"},
     ),
+    "dpo": Method(
+        "dDPO: DPO on the rows of orpo-off, after an epoch of likelihood that is also its reference",
+        {"objective": "dpo", **AFTER_SFT},
+    ),
+    "dpo-nll": Method(
+        "dpo with the chosen side's likelihood beside it (3D-properties)",
+        {"objective": "dpo", "objective.nll_weight": 1.0, **AFTER_SFT},
+    ),
+    "flex-dpo": Method("dpo with a smaller weight on the rejected side", {"objective": "flex_dpo", **AFTER_SFT}),
+    "mallows-dpo": Method(
+        "dpo scaled by how sure the reference is of the two texts", {"objective": "mallows_dpo", **AFTER_SFT}
+    ),
+    "sppo": Method(
+        "SPPO: both sides regressed to targets, against the student that each round starts from",
+        {"objective": "sppo", **AFTER_SFT},
+    ),
+    "dadpo": Method(
+        "daDPO: dpo held close to the teacher's distribution too; needs the teacher's log-probabilities of given texts",
+        {"objective": "dadpo", **AFTER_SFT},
+    ),
 }
-EXTRA = ("orpo-student-negatives", "orpo-adaptive")  # comes with another; an idea of ours
+RELATIVES = ("dpo", "dpo-nll", "flex-dpo", "mallows-dpo", "sppo", "dadpo")
+EXTRA = ("orpo-student-negatives", "orpo-adaptive", *RELATIVES)  # comes with another; an idea of ours; other methods
 DEFAULT = tuple(name for name in METHODS if name not in EXTRA)
 PRIMARY = (
     ("orpo-mixed", "orpo-off"),
@@ -150,6 +174,8 @@ def configured(config: Config, method: str, sweeps: Sequence[Sweep] = ()) -> Con
             if sweep.method(value) == method:
                 return overlaid(config, {sweep.key: value})
     settings = dict(METHODS[method].settings)
+    if config.warmup is not None:
+        settings.pop("warmup", None)  # the config's own
     if method == "orpo-mixed" and config.pairs.phi in (0, 1):
         settings["pairs.phi"] = PHI_OF_MIXED
     if name := settings.get("objective"):
@@ -158,9 +184,15 @@ def configured(config: Config, method: str, sweeps: Sequence[Sweep] = ()) -> Con
 
 
 def _objective(config: Config, name: str) -> dict[str, Any]:
-    """An objective with the options that it has in common with the config's."""
-    kept = component_class(Objective, name).model_fields.keys() & type(config.objective).model_fields.keys()
-    return {"type": name, **{option: getattr(config.objective, option) for option in sorted(kept)}}
+    """An objective with the options that mean the same in the config's: those of the base that both have.
+
+    An option that the objective gives a default of its own (SPPO's reference) is its own.
+    """
+    own = component_class(Objective, name)
+    shared: Any = next(base for base in own.__mro__ if isinstance(config.objective, base))
+    fields = {option: field.default for option, field in shared.model_fields.items()}
+    kept = [option for option in sorted(fields) if own.model_fields[option].default == fields[option]]
+    return {"type": name, **{option: getattr(config.objective, option) for option in kept}}
 
 
 def overlaid(config: Config, settings: Mapping[str, Any]) -> Config:

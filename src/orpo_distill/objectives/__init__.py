@@ -5,12 +5,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orpo_distill.component import Component
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GivenScores:
+    """What another model says of the same N traces, read from a score stage. Float32, in nats, without gradients."""
+
+    logp_sum: Tensor  # (N,) log-probability of the whole text, its end of sequence included unless it was cut
+    entropy: Tensor  # (N,) mean over the text's tokens of the next-token distribution's entropy over log V, 0 to 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,8 @@ class ScoredGroups:
     chosen: Tensor  # (B,) index into the N traces
     rejected: Tensor  # (B,) index into the N traces; empty unless "rejected" is in `requires`
     mean_chosen_tokens: float  # mean over all pairs of the optimizer step of the chosen side's scored tokens
+    reference: GivenScores | None = None  # set if "reference_scores" is in `requires`
+    teacher: GivenScores | None = None  # set if "teacher_scores" is in `requires`
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +44,35 @@ class Loss:
     metrics: Mapping[str, Tensor]  # name -> (B,), detached; logged as means over the pairs
 
 
+INPUTS = {
+    "rejected": "pairs with a rejected side",
+    "reference_scores": "log-probabilities of both sides under a reference, made by a score stage",
+    "teacher_scores": "the same under the teacher, which must be able to score given text",
+}
+
+
 class Objective(Component):
     """A loss a pair."""
 
     family = "objective"
     default_type = "orpo"
     types = {
+        "dadpo": "orpo_distill.objectives.dadpo:DaDpo",
+        "dpo": "orpo_distill.objectives.dpo:Dpo",
+        "flex_dpo": "orpo_distill.objectives.flex_dpo:FlexDpo",
+        "mallows_dpo": "orpo_distill.objectives.mallows_dpo:MallowsDpo",
+        "mallows_orpo": "orpo_distill.objectives.mallows_orpo:MallowsOrpo",
         "orpo": "orpo_distill.objectives.orpo:Orpo",
         "sft": "orpo_distill.objectives.sft:Sft",
+        "sppo": "orpo_distill.objectives.sppo:Sppo",
     }
     requires: ClassVar[frozenset[str]] = frozenset()
-    """Inputs beyond the chosen side: "rejected" (pairs need a rejected side)."""
+    """Inputs beyond the chosen side, out of INPUTS."""
+
+    @property
+    def reference_policy(self) -> Literal["start", "latest"]:
+        """Whose log-probabilities the reference's are: the student that round 1, or that each round, starts from."""
+        return "start"
 
     @property
     def scores_prompt(self) -> bool:

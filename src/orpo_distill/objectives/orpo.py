@@ -44,7 +44,11 @@ class Orpo(Sft):
             "log_odds_chosen": log_odds_ratio.detach(),
             "clamped": (-chosen < self.min_nll).to(chosen.dtype) + (-rejected < self.min_nll).to(chosen.dtype),
         }
-        return Loss(nll + self.weight * ratio, metrics)
+        return Loss(nll + self.weight_of(batch) * ratio, metrics)
+
+    def weight_of(self, batch: ScoredGroups) -> Tensor | float:
+        """The weight of every pair's odds-ratio term."""
+        return self.weight
 
 
 def odds_ratio_loss(chosen_logps: Tensor, rejected_logps: Tensor, min_nll: float) -> tuple[Tensor, Tensor]:

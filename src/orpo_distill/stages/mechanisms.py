@@ -127,8 +127,10 @@ def _likelihood(options: MechanismsOptions, inputs: Mapping[str, Path], found: G
         asked = [one for each in scorings.values() for scoring in each for one in (*scoring.first, *scoring.second)]
         if not asked:
             continue
-        model = options.model if number == 1 else str(inputs[f"round-{number - 1}/train"] / "model")
-        logps = mean_logps(model, asked, options.train, f"likelihood under student-{number - 1}")
+        before = f"round-{number - 1}/train" if number > 1 else "warmup/train"
+        model = str(inputs[before] / "model") if before in inputs else options.model
+        student = "warmup" if before == "warmup/train" and before in inputs else f"student-{number - 1}"
+        logps = mean_logps(model, asked, options.train, f"likelihood under {student}")
         for stage, each in scorings.items():
             means = [
                 tuple(fmean(logps[one] for one in side) for side in (scoring.first, scoring.second))
@@ -137,7 +139,7 @@ def _likelihood(options: MechanismsOptions, inputs: Mapping[str, Path], found: G
             ]
             if means:
                 first, second = (list(side) for side in zip(*means, strict=True))
-                who = {"round": number, "student": f"student-{number - 1}", "source": _policy_of(stage)}
+                who = {"round": number, "student": student, "source": _policy_of(stage)}
                 traces = options.mechanisms.traces
                 yield {**who, "reference": INITIAL, "traces": traces, **paired_means(first, second)}
 
@@ -165,7 +167,8 @@ def _lines(stage: Path) -> list[Row]:
 def _training(inputs: Mapping[str, Path]) -> Iterator[Row]:
     """First and last tenth of each round's steps, and of all together (round None), for the run and its control."""
     for control in (False, True):
-        names = [name for name in inputs if name.endswith("/train") and name.startswith("sft/") == control]
+        head = "sft/" if control else "round-"
+        names = [name for name in inputs if name.endswith("/train") and name.startswith(head)]
         log = [line for name in names for line in _lines(inputs[name]) if "logps/chosen" in line]
         by_round: defaultdict[int | None, list[Row]] = defaultdict(list)
         for line in log:

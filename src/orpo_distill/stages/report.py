@@ -35,7 +35,7 @@ def report(options: ReportOptions, inputs: Mapping[str, Path], out: Path) -> dic
     """Write `report.json`, `report.md` and `report.html`; return the headline."""
     evaluations = {key.partition(":")[2]: path for key, path in inputs.items() if key.startswith("evaluate:")}
     results = [row for path in evaluations.values() for row in json.loads((path / "results.json").read_bytes())]
-    first, last = "student-0", f"student-{options.rounds}"
+    first, last = "student-0", _chosen(inputs) or f"student-{options.rounds}"
     split = "test" if any(row["split"] == "test" for row in results) else "validation"
     comparisons = [
         comparison
@@ -117,6 +117,12 @@ def _mechanisms(measured: Row) -> list[str]:
         rows = markdown_table([table["columns"], *table["rows"]]) if table["rows"] else []
         parts += [f"## {table['title']}", "", table["note"], "", *([*rows, ""] if rows else [])]
     return parts
+
+
+def _chosen(inputs: Mapping[str, Path]) -> str:
+    """The policy that the stage `extrapolate/chosen` took; empty without that stage."""
+    folder = inputs.get("extrapolate/chosen")
+    return str(read_manifest(folder).metrics["policy"]) if folder else ""
 
 
 def _stage(folder: Path) -> Row:

@@ -19,6 +19,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,9 +29,10 @@ from orpo_distill.checkpoints import FINAL, MODEL, is_whole, newest, publish, st
 from orpo_distill.component import Options, type_name
 from orpo_distill.config import TrainSection
 from orpo_distill.errors import ConfigError, RunError, missing_extra
+from orpo_distill.given import read_given
 from orpo_distill.groups import Row, default_steps, schedule, tokenize
 from orpo_distill.interrupt import deferred
-from orpo_distill.models import load_model, load_tokenizer
+from orpo_distill.models import begin_from, load_model, load_tokenizer
 from orpo_distill.objectives import Objective
 from orpo_distill.progress import progress
 from orpo_distill.records import Pair, read_jsonl, write_text
@@ -68,23 +70,30 @@ class TrainOptions(Options):
 def train(options: TrainOptions, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """Train on inputs["pairs"]/pairs.jsonl, going on from inputs["previous"] after round 1. Returns the metrics.
 
+    Round 1 starts from the model of inputs["start"], if there is one (a warm-up), else from the initial student. What
+    other models gave the traces stands in inputs["reference-scores"] and inputs["teacher-scores"].
+
     Raises DataError for rows that cannot be trained on, TrainingError where the loss is not finite or memory runs out,
     RunError for a checkpoint that is damaged or cannot be written, Interrupted after a signal.
     """
     previous = inputs.get("previous")
     if not (out / MODEL).is_dir():
-        _train(options, inputs["pairs"] / "pairs.jsonl", previous, out)
-    if previous is not None and options.train.keep == "last" and _is_main_process():
-        shutil.rmtree(previous / FINAL, ignore_errors=True)
+        _train(options, inputs, out)
+    before = previous or inputs.get("start")
+    if before is not None and options.train.keep == "last" and _is_main_process():
+        shutil.rmtree(before / FINAL, ignore_errors=True)
     metrics: dict[str, Any] = json.loads((out / "train.json").read_bytes())
     return metrics
 
 
-def _train(options: TrainOptions, pairs: Path, previous: Path | None, out: Path) -> None:
+def _train(options: TrainOptions, inputs: Mapping[str, Path], out: Path) -> None:
+    previous = inputs.get("previous")
     tokenizer = load_tokenizer(options.model, options.train.trust_remote_code)
     with_rejected = "rejected" in options.objective.requires
-    rows = tokenize(read_jsonl(pairs, Pair), tokenizer, options.train.max_length, with_rejected)
+    pairs = read_jsonl(inputs["pairs"] / "pairs.jsonl", Pair)
+    rows = tokenize(pairs, tokenizer, options.train.max_length, with_rejected)
     course, counts = _course(options, rows, _steps_per_round(options, len(rows), previous), out)
+    course = replace(course, given=read_given(options.objective.requires, inputs, rows))
     args = _arguments(options, course, out)
     if args.process_index == 0:
         sweep(out, keep=2)
@@ -93,7 +102,10 @@ def _train(options: TrainOptions, pairs: Path, previous: Path | None, out: Path)
     done = step_of(start) if start else 0
     args.distributed_state.wait_for_everyone()  # before anything in the folder moves again
     if done < course.last_step:
-        _run(options, course, args, start, tokenizer)
+        model = _model(options, args)
+        if start is None and "start" in inputs:
+            begin_from(model, inputs["start"] / MODEL)
+        _run(options, model, course, args, start, tokenizer)
     if args.process_index == 0:
         write_text(out / "train.json", json.dumps(_metrics(course, counts), indent=1))
         sweep(out, keep=1)
@@ -101,14 +113,15 @@ def _train(options: TrainOptions, pairs: Path, previous: Path | None, out: Path)
     args.distributed_state.wait_for_everyone()
 
 
-def _run(options: TrainOptions, course: Course, args: TrainingArguments, start: Path | None, tokenizer: Any) -> None:
-    """Train from a checkpoint, or from the initial student, to the end of the course and save it there."""
+def _run(
+    options: TrainOptions, model: Any, course: Course, args: TrainingArguments, start: Path | None, tokenizer: Any
+) -> None:
+    """Train from a checkpoint, or from the model as it is, to the end of the course and save it there."""
     from orpo_distill.trainer import Watch, cut_log, run
 
     done = step_of(start) - course.first_step if start else 0
     if args.process_index == 0:
         cut_log(course.log, course.first_step + done)
-    model = _model(options, args)
     longest, limit = max(row.length for step in course.steps for row in step), context_length(model)
     if limit is not None and longest > limit:
         raise ConfigError(
