@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from orpo_distill.models import load_model
 from orpo_distill.plan import plan
 from orpo_distill.records import Pair, Score, read_jsonl
 from tests.checkpoints import save_tiny_checkpoint
-from tests.test_end_to_end import cli, experiment
+from tests.test_end_to_end import COMMAND, cli, experiment, stable_files
 
 DADPO = {"type": "dadpo", "beta1": 0.1, "beta2": 0.1}
 QUIET = {"evaluate": {"teacher": False}, "mechanisms": {"problems": 4}}
@@ -31,15 +33,9 @@ def teacher(folder: Path) -> dict[str, Any]:
     return {"model": "script", "samples": 2, "sampler": sampler, "scorer": str(scorer)}
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of daDPO after a warm-up, extrapolated."""
-    folder = tmp_path_factory.mktemp("dadpo")
-    path = experiment(
+def whole_experiment(folder: Path) -> Path:
+    """daDPO after a warm-up, extrapolated."""
+    return experiment(
         folder,
         teacher=teacher(folder),
         objective=DADPO,
@@ -47,7 +43,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         extrapolate={"alpha": [0, 0.5]},
         **QUIET,
     )
-    done = cli("run", path)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run to the end."""
+    folder = tmp_path_factory.mktemp("dadpo")
+    done = cli("run", whole_experiment(folder))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -105,6 +111,28 @@ def test_run_again_nothing_is_done(finished: Path) -> None:
     done = cli("run", finished / "experiment.yaml")
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.jsonl")} == stamps
+
+
+def test_killed_in_its_new_stages_it_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    path = whole_experiment(tmp_path)
+    environment = {**os.environ, "COLUMNS": "200"}
+    for stage in ("warmup/train", "round-1/teacher-scores", "round-1/train", "extrapolate/chosen"):
+        command = [*COMMAND, "run", str(path)]
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+        )
+        assert process.stderr is not None
+        with process.stderr as said:
+            assert any(line.startswith(f"{stage} ...") for line in said)
+            process.kill()
+        process.wait()
+    done = cli("run", path)
+    assert done.returncode == 0, done.stderr
+    found, expected = (stable_files(folder / "runs/demo") for folder in (tmp_path, finished))
+    assert found == expected
+    for name in ("round-1/teacher-scores", "round-2/reference-scores"):
+        scores = [(folder / "runs/demo" / name / "scores.jsonl").read_bytes() for folder in (tmp_path, finished)]
+        assert scores[0] == scores[1]
 
 
 def test_more_samples_score_only_what_is_new(finished: Path) -> None:
