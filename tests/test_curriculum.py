@@ -104,7 +104,8 @@ def test_without_student_negatives_there_is_nothing_to_adapt(changes: dict[str, 
 
 
 def test_check_shows_where_phi_moves(tmp_path: Path) -> None:
-    sizes = dict(plan_table(config_of(tmp_path)))
+    table, _ = plan_table(config_of(tmp_path))
+    sizes = dict(table)
     assert sizes["round-3/phi"] == "by what the negatives of round 2 are worth"
     assert sizes["round-2/student"].startswith("about 24 traces")
     assert sizes["round-3/student"].startswith("at most 48 traces")

@@ -106,6 +106,7 @@ def test_the_second_time_nothing_runs(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("manifest.json")} == before
 
 
+@pytest.mark.slow
 def test_killed_and_in_two_processes_it_comes_to_the_same(finished: Path, tmp_path: Path) -> None:
     path = experiment(tmp_path)
     command = [*COMMAND, "compare", str(path), *map(str, ASKED), "--jobs", "2"]
