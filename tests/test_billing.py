@@ -7,10 +7,11 @@ import pyarrow.parquet
 import pytest
 
 from orpo_distill.billing import export_ledger, forecast, ledger_table, nothing_bought
-from orpo_distill.config import Config, parse_config
+from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError, RunError
 from orpo_distill.experiment import run
 from orpo_distill.ledger import Asked, Ledger, Plan, Spent, Usage
+from orpo_distill.loading import parse_config
 from orpo_distill.plan import plan
 from orpo_distill.records import FinishReason, Message, Problem, Trace, write_jsonl
 from orpo_distill.samplers.asking import Asking

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from orpo_distill.config import load_config
 from orpo_distill.errors import ConfigError
+from orpo_distill.loading import load_config
 from orpo_distill.plan import plan
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from orpo_distill.config import Config, load_config, parse_config
+from orpo_distill.config import Config
 from orpo_distill.experiment import run, status
+from orpo_distill.loading import load_config, parse_config
 from orpo_distill.plan import plan
 from orpo_distill.preview import plan_table
 from orpo_distill.records import FinishReason, Pair, Trace, read_jsonl

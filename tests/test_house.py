@@ -31,7 +31,7 @@ ROWS = [
     {"trainer", "likelihood", "negatives", "page"},
     {"scoring", "checkpoints", "sampling", "verification", "judged", "statistics", "measures", "runs", "given"},
     {"attention", "head"},
-    {"packing"},
+    {"packing", "loading"},
     {"config"},
     {"mixing", "groups", "diversity", "forms"},
     {"tasks", "samplers", "objectives"},
@@ -94,7 +94,7 @@ def test_modules_and_functions_stay_small(path: Path) -> None:
 def test_importing_and_validating_loads_nothing_heavy() -> None:
     script = (
         "import sys, orpo_distill, orpo_distill.cli, orpo_distill.preview, orpo_distill.pilot, orpo_distill.plan\n"
-        "from orpo_distill.config import load_config\n"
+        "from orpo_distill.loading import load_config\n"
         "from pathlib import Path\n"
         "from orpo_distill.plan import plan\n"
         "for path in sorted(Path('configs').rglob('*.yaml')): plan(load_config(path))\n"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from orpo_distill.config import load_config
 from orpo_distill.errors import ConfigError
 from orpo_distill.experiment import run
+from orpo_distill.loading import load_config
 from orpo_distill.models import load_model
 from orpo_distill.plan import plan
 from orpo_distill.records import Pair, Score, read_jsonl

@@ -8,9 +8,10 @@ from importlib import metadata
 
 __version__ = metadata.version("orpo-distill")
 
-from orpo_distill.config import Config, load_config, parse_config
+from orpo_distill.config import Config
 from orpo_distill.errors import OrpoDistillError
 from orpo_distill.experiment import run, status
+from orpo_distill.loading import load_config, parse_config
 from orpo_distill.objectives import Loss, Objective, ScoredGroups
 from orpo_distill.plan import plan
 from orpo_distill.records import Message, Outcome, Pair, Problem, Trace, Verdict

@@ -17,7 +17,7 @@ import yaml
 from orpo_distill import __version__
 from orpo_distill.compare.cells import Asked, design_of
 from orpo_distill.compare.methods import DEFAULT as DEFAULT_METHODS
-from orpo_distill.config import Config, load_config, parse_component, parse_yaml
+from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError, Interrupted, OrpoDistillError
 from orpo_distill.experiment import run as run_experiment
 from orpo_distill.experiment import status as run_status
@@ -25,6 +25,7 @@ from orpo_distill.exporting import Format, export_rows
 from orpo_distill.forms import Form
 from orpo_distill.importing import import_texts
 from orpo_distill.interrupt import signals_raise
+from orpo_distill.loading import load_config, parse_component, parse_yaml
 from orpo_distill.progress import say
 from orpo_distill.samplers import Decoding, Sampler
 from orpo_distill.tasks import Task

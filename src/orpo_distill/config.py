@@ -1,4 +1,4 @@
-"""Every setting of an experiment, on one page. `load_config` reads it from YAML.
+"""Every setting of an experiment, on one page. `loading.load_config` reads it from YAML.
 
 `configs/reference.yaml` shows every key with a comment. Options marked SPEED_ONLY may change cost or rounding, never
 the method; all others are part of the fingerprint of the stages that they reach.
@@ -6,15 +6,10 @@ the method; all others are part of the fingerprint of the stages that they reach
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
-    BaseModel,
     Field,
     NonNegativeInt,
     PositiveInt,
@@ -24,10 +19,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
-from orpo_distill.component import SPEED_ONLY, Component, Options, component_class, type_name
-from orpo_distill.errors import ConfigError
+from orpo_distill.component import SPEED_ONLY, Options, type_name
 from orpo_distill.mixing import PHI_FORMS, AdaptivePhi, PhiSetting, PhiUnit
 from orpo_distill.objectives import INPUTS, Objective
 from orpo_distill.samplers import Decoding, Sampler
@@ -35,8 +28,6 @@ from orpo_distill.samplers.hf import HF
 from orpo_distill.samplers.vllm import VLLM
 from orpo_distill.tasks import Task
 
-C = TypeVar("C", bound=Component)
-M = TypeVar("M", bound=BaseModel)
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -288,165 +279,3 @@ class Config(Options):
             raise ValueError("expected problems.validation beside extrapolate, which chooses alpha on it, found null")
         if self.extrapolate and self.extrapolate.origin == "warmup" and self.warmup is None:
             raise ValueError("expected warmup beside extrapolate.origin: warmup, found none")
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read an experiment. `overrides` are `dotted.key=value`. Raises ConfigError with every problem found."""
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"expected a YAML file at {path}, found: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected YAML, found: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, found {type(data).__name__}")
-    for override in overrides:
-        _apply(data, override)
-    return parse_config(data)
-
-
-def parse_config(data: dict[str, Any]) -> Config:
-    """Validate settings that are already plain data. Raises ConfigError with every problem found."""
-    return _validate(Config, data, "")
-
-
-def parse_component(family: type[C], spec: dict[str, Any], where: str) -> C:
-    """A component from its options, for instance of the command line's flag `where`. Raises ConfigError."""
-    return _validate(family, spec, f"{where}: ")
-
-
-def _validate(model: type[M], data: dict[str, Any], where: str) -> M:
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        # A default that could not be computed follows from another error.
-        found = [item for item in error.errors() if item["type"] != "default_factory_not_called"]
-        problems = [where + _explain(item, model, data) + _how_to_add(item, where, data) for item in found]
-        raise ConfigError(problems) from error
-
-
-def _apply(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"expected key=value, found {override!r}; for instance train.learning_rate=1e-5")
-    if not text.strip():
-        raise ConfigError(f"expected a value behind {key}=, found none; write {key}=null for no value, or '{key}=\"\"'")
-    try:
-        value = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"expected a YAML value in {override!r}, found: {error}") from error
-    *parents, last = key.split(".")
-    for parent in parents:
-        child = data.get(parent)
-        if isinstance(child, str):  # `task: gsm8k` and an option of it
-            child = {"type": child}
-        data[parent] = child if isinstance(child, dict) else {}
-        data = data[parent]
-    data[last] = value
-
-
-WANTED = {  # in a user's words, by the kind of pydantic's error
-    "model": "expected settings ({key: value, ...})",
-    "model_attributes": "expected settings ({key: value, ...})",
-    "dict": "expected settings ({key: value, ...})",
-    "string": "expected text",
-    "int": "expected a whole number",
-    "float": "expected a number",
-    "bool": "expected true or false",
-    "list": "expected a list",
-    "tuple": "expected a list",
-    "path": "expected a path",
-}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-5 (no dot) as text; everybody who writes it means the number, as YAML 1.2 does."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuses a key that stands twice: plain YAML takes the last one without a word."""
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?|\.\d)\d*[eE][-+]?\d+")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def parse_yaml(text: str) -> Any:
-    """Plain data from YAML, by the safe loader. Raises yaml.YAMLError."""
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # PyYAML's own slips
-        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
-
-
-def _explain(error: Any, model: type[BaseModel], data: Any) -> str:
-    """One of pydantic's errors in a user's words."""
-    location = [str(part) for part in error["loc"]]
-    where = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        near = get_close_matches(location[-1], _known_keys(model, location[:-1], data), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{where}: unknown key{hint}"
-    if error["type"] == "missing":
-        return f"{where}: expected {_wanted(model, location, data)}, found none; add it"
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    message = re.sub(r"^input should be (?=greater|less)", "expected a number ", message)
-    message = re.sub(r"^input should (be|have|match) ", "expected ", message)
-    message = WANTED.get(error["type"].partition("_parsing")[0].removesuffix("_type"), message)
-    message = message if "found" in message else f"{message}, found {error['input']!r}"
-    return f"{where}: {message}" if where else message
-
-
-def _how_to_add(error: Any, where: str, data: Mapping[str, Any]) -> str:
-    """How an option that is missing is written on the command line, behind the flag `where`."""
-    if not where or error["type"] != "missing":
-        return ""
-    return f": {where.removesuffix(': ')} '{{type: {data.get('type')}, {error['loc'][-1]}: ...}}'"
-
-
-def _wanted(model: type[BaseModel], location: Sequence[str], data: Any) -> str:
-    """What a key stands for that is missing: the names of its family, where it has one."""
-    field = _field(model, location, data)
-    for kind in _classes(field.annotation if field else None):
-        if issubclass(kind, Component) and kind.types:
-            return f"one of {', '.join(sorted(kind.types))} or module:Class"
-    return "a value"
-
-
-def _known_keys(model: type[BaseModel], location: Sequence[str], data: Any) -> list[str]:
-    """The keys that are known at a place of the settings."""
-    found = _model_at(model, location, data)
-    return list(found.model_fields) if found else []
-
-
-def _field(model: type[BaseModel], location: Sequence[str], data: Any) -> FieldInfo | None:
-    """The field at a place of the settings, None where no model has it."""
-    found = _model_at(model, location[:-1], data)
-    return found.model_fields.get(location[-1]) if found and location else None
-
-
-def _model_at(model: type[BaseModel], location: Sequence[str], data: Any) -> type[BaseModel] | None:
-    """The model whose keys stand at a place of the settings: of a component, the one that is named there."""
-    if issubclass(model, Component) and "types" in model.__dict__:
-        name = data.get("type", model.default_type) if isinstance(data, dict) else str(data)
-        try:
-            model = component_class(model, name)
-        except ValueError:  # named in an error of its own
-            return None
-    if not location:
-        return model
-    field = model.model_fields.get(location[0])
-    kinds = [kind for kind in _classes(field.annotation if field else None) if issubclass(kind, BaseModel)]
-    inner = data.get(location[0]) if isinstance(data, dict) else None
-    return _model_at(kinds[0], location[1:], inner) if kinds else None
-
-
-def _classes(annotation: Any) -> list[type[Any]]:
-    """Every class in an annotation such as `LoraSection | None`."""
-    if isinstance(annotation, type):
-        return [annotation]
-    return [found for part in getattr(annotation, "__args__", ()) for found in _classes(part)]

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import yaml
 
-from orpo_distill.config import Config, load_config
+from orpo_distill.config import Config
 from orpo_distill.errors import RunError
 from orpo_distill.execution import REDOING, execute, refuse_stale, state
 from orpo_distill.launch import Launcher
+from orpo_distill.loading import load_config
 from orpo_distill.plan import plan, select
 from orpo_distill.progress import say
 from orpo_distill.records import write_text

@@ -21,11 +21,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from orpo_distill.config import Config, load_config
+from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError, DataError, RunError, missing_extra
 from orpo_distill.execution import state
 from orpo_distill.forms import plain_prompt
 from orpo_distill.ledger import reading
+from orpo_distill.loading import load_config
 from orpo_distill.plan import plan
 from orpo_distill.records import Message, Pair, Problem, atomic_file, read_jsonl
 from orpo_distill.runs import RunFolder, disk_errors_explained

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from orpo_distill.compare.methods import DEFAULT, METHODS, PRIMARY, RELATIVES, configured, parse_methods, parse_sweep
-from orpo_distill.config import Config, parse_config
+from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
+from orpo_distill.loading import parse_config
 from orpo_distill.objectives.dpo import Dpo
 from orpo_distill.objectives.orpo import Orpo
 from orpo_distill.objectives.sft import Sft

@@ -10,8 +10,8 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orpo_distill.config import parse_component
 from orpo_distill.errors import ConfigError
+from orpo_distill.loading import parse_component
 from orpo_distill.objectives import Objective
 from orpo_distill.objectives.dadpo import DaDpo, dadpo_loss
 from orpo_distill.objectives.dpo import Dpo, dpo_loss

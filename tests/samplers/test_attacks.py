@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from orpo_distill.cli import _with_ledger
-from orpo_distill.config import load_config
 from orpo_distill.errors import ConfigError, ModelError
 from orpo_distill.ledger import Asked, Busy, Ledger, Plan, Spent, Usage
+from orpo_distill.loading import load_config
 from orpo_distill.records import Message
 from orpo_distill.samplers import Decoding, Request
 from orpo_distill.samplers.openai import Budget, OpenAI, Price

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from orpo_distill.config import Config, load_config
+from orpo_distill.config import Config
 from orpo_distill.experiment import run
 from orpo_distill.likelihood import Response, mean_logps
+from orpo_distill.loading import load_config
 from orpo_distill.negatives import Comparison, Negative, Rules
 from orpo_distill.plan import plan
 from orpo_distill.records import Problem, Trace, read_jsonl

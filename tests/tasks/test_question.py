@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from orpo_distill.config import parse_config
 from orpo_distill.errors import ConfigError, DataError
+from orpo_distill.loading import parse_config
 from orpo_distill.records import Message, Problem
 from orpo_distill.tasks import Task
 from orpo_distill.tasks.jsonl import Jsonl

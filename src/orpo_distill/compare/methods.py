@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from orpo_distill.component import component_class
-from orpo_distill.config import Config, parse_config, parse_yaml
+from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
+from orpo_distill.loading import parse_config, parse_yaml
 from orpo_distill.objectives import Objective
 
 ORPO = {"objective": "orpo"}

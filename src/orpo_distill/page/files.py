@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
-from orpo_distill.config import parse_yaml
 from orpo_distill.errors import DataError, RunError
+from orpo_distill.loading import parse_yaml
 from orpo_distill.records import Problem, Trace, Verdict, from_json, read_jsonl
 from orpo_distill.runs import Manifest, RunFolder
 
