@@ -174,8 +174,11 @@ def _notes(design: Design, impossible: Mapping[str, str]) -> Iterator[str]:
         yield f"Equal tokens: response tokens scored in training, within 5% or a step of what {whose} has in epochs."
     if "diverse-cot" not in design.methods and any(most_traces(block.config) == 1 for block in design.blocks):
         yield "diverse-cot is left out: the teacher has one trace a problem, so it is single-cot."
+    runs: dict[str, list[str]] = {}
     for name, reason in impossible.items():
-        yield f"{name} could not be run: {reason}"
+        runs.setdefault(reason, []).append(name)
+    for reason, names in runs.items():
+        yield f"{', '.join(names)} could not be run: {reason}"
 
 
 def _edges(design: Design, searches: Sequence[Search]) -> Iterator[str]:

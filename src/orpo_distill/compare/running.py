@@ -51,6 +51,9 @@ def compare(design: Design, jobs: int = 1, command: str = "") -> Path:
         runner(baselines)
         cells = [cell for cell in baselines if not runner.failed(cell)]
         cells += [cell for block in design.blocks for cell in _with_budgets(runner, block, rates)]
+        if not cells:
+            name, reason = next(iter(runner.impossible.items()))
+            raise DataError(f"expected a method that the data allows, found none; {name}: {reason}")
         content = write_comparison(design, searches, [Result(cell) for cell in cells], runner.impossible, command)
         write_text(folder.path / "compare.md", render_markdown(content))
         write_text(folder.path / "report.html", comparison_page(content))
