@@ -195,15 +195,14 @@ def test_without_validation_problems_nothing_is_trained(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("manifest.json"))
 
 
-def test_an_initial_student_that_cannot_be_measured_is_left_out(tmp_path: Path) -> None:
+def test_a_comparison_in_which_nothing_can_be_run_is_an_error(tmp_path: Path) -> None:
     path = experiment(tmp_path, evaluate={"test": False})
     student = tmp_path / "student.jsonl"
     student.write_text("".join(student.read_text().splitlines(keepends=True)[:12]))  # train problems alone
     done = cli("compare", path, "--methods", "zero-shot")
-    assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "runs" / "demo-compare" / "compare.json").read_bytes())
-    assert content["cells"] == []
-    assert any("zero-shot" in note and "no scripted reply" in note for note in content["notes"])
+    assert done.returncode == 1, done.stderr
+    assert "expected a method that the data allows, found none; zero-shot:" in done.stderr
+    assert "no scripted reply" in done.stderr
 
 
 def test_test_problems_are_measured_whatever_the_config_says(tmp_path: Path) -> None:
