@@ -171,7 +171,6 @@ def test_sppo_has_the_latest_student_as_its_reference(tmp_path: Path) -> None:
 
 
 def test_adapters_go_on_from_the_warm_up_and_are_extrapolated(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     train = {"pairs_per_step": 4, "learning_rate": 1e-2, "max_length": 256, "lora": {"r": 4, "alpha": 8}}
     path = experiment(
         tmp_path,
