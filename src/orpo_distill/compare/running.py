@@ -117,14 +117,14 @@ def _with_budgets(runner: Runner, block: Block, rates: dict[tuple[str, str], flo
         done = {method: cell for method, cell in epochs.items() if not runner.failed(cell)}
         found += list(done.values()) if "epochs" in design.budgets else []
         if "tokens" in design.budgets and done:
-            tokens = _equal_tokens(design, done)
+            tokens = _equal_tokens(design, done, seed)
             runner(tokens)
             found += [cell for cell in tokens if not runner.failed(cell)]
         _free(design)
     return found
 
 
-def _equal_tokens(design: Design, done: dict[str, Cell]) -> list[Cell]:
+def _equal_tokens(design: Design, done: dict[str, Cell], seed: int) -> list[Cell]:
     """The methods (no sweeps) with as many steps a round as bring their trained tokens closest to the reference's."""
     counts = {method: trained_tokens(cell) for method, cell in done.items()}
     target = counts[REFERENCE][0] if REFERENCE in counts else max(tokens for tokens, _ in counts.values())
@@ -137,24 +137,15 @@ def _equal_tokens(design: Design, done: dict[str, Cell]) -> list[Cell]:
         a_round = max(1, round(steps / rounds * target / tokens))
         rate = cell.config.train.learning_rate
         same = a_round * rounds == steps or abs(tokens - target) <= CLOSE * target
-        cells.append(design.trained(cell.block, method, _of(cell.seed), rate, "tokens", None if same else a_round))
+        cells.append(design.trained(cell.block, method, seed, rate, "tokens", None if same else a_round))
     return cells
 
 
 def trained_tokens(cell: Cell) -> tuple[int, int]:
     """Response tokens that a cell's training scored, and its optimizer steps, over all rounds."""
-    folder = cell.config.run_dir
-    metrics = [read_manifest(folder / f"round-{number}" / "train").metrics for number in _rounds(cell)]
+    folder, rounds = cell.config.run_dir, range(1, cell.config.rounds + 1)
+    metrics = [read_manifest(folder / f"round-{number}" / "train").metrics for number in rounds]
     return sum(each["tokens"] for each in metrics), sum(each["steps"] for each in metrics)
-
-
-def _rounds(cell: Cell) -> range:
-    return range(1, cell.config.rounds + 1)
-
-
-def _of(seed: int | None) -> int:
-    assert seed is not None
-    return seed
 
 
 def _free(design: Design) -> None:
