@@ -201,7 +201,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def flat_options(stage: Stage) -> dict[str, Any]:
     """A stage's options by dotted key, without speed-only and ignored ones: its part of the fingerprint."""
-    flat = _flatten(method_options(stage.options), "")
+    flat = flatten(method_options(stage.options)).items()
     return {key: value for key, value in flat if not any(f"{key}.".startswith(f"{name}.") for name in stage.ignores)}
 
 
@@ -263,9 +263,11 @@ def _write(path: Path, data: dict[str, Any]) -> None:
     write_text(path, json.dumps({"format": FORMAT, **data}, indent=1, ensure_ascii=False) + "\n")
 
 
-def _flatten(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for name, item in value.items():
-            yield from _flatten(item, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value
+def flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key. An empty mapping is a value."""
+    if not isinstance(value, Mapping) or not value:
+        return {key: value}
+    found: dict[str, Any] = {}
+    for name, item in value.items():
+        found |= flatten(item, f"{key}.{name}" if key else str(name))
+    return found

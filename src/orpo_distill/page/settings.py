@@ -47,16 +47,6 @@ def shown(value: Any, key: str = "") -> Any:
     return _LOGIN.sub(f"{HIDDEN}@", value) if isinstance(value, str) else value
 
 
-def flat(value: Any, key: str = "") -> Row:
-    """Settings by dotted key."""
-    if isinstance(value, dict) and value:
-        found: Row = {}
-        for name, item in value.items():
-            found |= flat(item, f"{key}.{name}" if key else str(name))
-        return found
-    return {key: value}
-
-
 def _seeds(config: Row) -> list[list[str]]:
     problems = config.get("problems")
     inner = problems.get("seed") if isinstance(problems, dict) else None

@@ -27,7 +27,8 @@ from orpo_distill.page.measures import measure
 from orpo_distill.page.paired import compare
 from orpo_distill.page.rendering import Page, render
 from orpo_distill.page.results import accuracy_chart, all_results, last_student
-from orpo_distill.page.settings import command, flat, shown
+from orpo_distill.page.settings import command, shown
+from orpo_distill.runs import flatten
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _costs(runs: Sequence[_Run]) -> Section:
 
 def _settings(runs: Sequence[_Run]) -> Section:
     """What differs between the configs, and the commands."""
-    settings = [flat(shown(run.files.config)) for run in runs]
+    settings = [flatten(shown(run.files.config)) for run in runs]
     keys = list(dict.fromkeys(key for each in settings for key in each))
     rows = [
         [key, *(number(each.get(key), 6) if key in each else "(not set)" for each in settings)]
