@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import sqrt
@@ -187,6 +187,19 @@ def slope_weights(values: Sequence[float]) -> list[Fraction]:
     centre = sum(exact, Fraction()) / len(exact)
     spread = sum(((value - centre) ** 2 for value in exact), Fraction())
     return [(value - centre) / spread for value in exact]
+
+
+def compare_paired(right: Iterable[tuple[bool, bool]]) -> dict[str, float]:
+    """Two models on the same problems, from whether each is right: n, who alone is right, the difference, its test.
+
+    `difference` is accuracy(first) - accuracy(second); `low` and `high` are its 95% interval (`paired_difference`), `p`
+    is exact McNemar's. Raises ValueError for no problems.
+    """
+    cells = Counter(right)
+    only_first, only_second, n = cells[True, False], cells[False, True], cells.total()
+    low, high = paired_difference(cells[True, True], only_first, only_second, cells[False, False])
+    row = {"n": n, "only_first": only_first, "only_second": only_second, "difference": (only_first - only_second) / n}
+    return {**row, "low": low, "high": high, "p": mcnemar(only_first, only_second)}
 
 
 def majority_rate(answers: Sequence[str]) -> float:

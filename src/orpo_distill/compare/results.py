@@ -7,7 +7,6 @@ Differences are paired: the same problems, and for every seed both methods. How 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,10 +23,9 @@ from orpo_distill.records import Answer, Outcome, read_jsonl, write_text
 from orpo_distill.runs import Metrics, read_manifest
 from orpo_distill.statistics import (
     Estimate,
+    compare_paired,
     estimate,
     holm,
-    mcnemar,
-    paired_difference,
     slope_weights,
     smallest_difference,
 )
@@ -272,11 +270,9 @@ def _differences(one: Result, other: Result) -> list[float]:
 
 def _one_seed(one: Result, other: Result) -> Row:
     """Newcombe's interval and McNemar's test of one seed's difference."""
-    cells = Counter((right, other.right[problem]) for problem, right in one.right.items())
-    only_a, only_b, n = cells[True, False], cells[False, True], len(one.right)
-    low, high = paired_difference(cells[True, True], only_a, only_b, cells[False, False])
-    row = {"n": n, "difference": (only_a - only_b) / n, "low": low, "high": high}
-    return {**row, "only_a": only_a, "only_b": only_b, "p": mcnemar(only_a, only_b)}
+    found = compare_paired((right, other.right[problem]) for problem, right in one.right.items())
+    row = {key: found[key] for key in ("n", "difference", "low", "high")}
+    return {**row, "only_a": found["only_first"], "only_b": found["only_second"], "p": found["p"]}
 
 
 def _trend(sweep: Sweep, block: Block, budget: str, results: Sequence[Result]) -> Row | None:

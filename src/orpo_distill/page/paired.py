@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from orpo_distill.records import Answer, Outcome, read_jsonl
-from orpo_distill.statistics import mcnemar, paired_difference
+from orpo_distill.statistics import compare_paired
 
 Row = dict[str, Any]
 
@@ -25,12 +24,10 @@ def compare(first: Path, second: Path, a: str, b: str) -> list[Row]:
         ids = [key for key in both if answers_a[split][key].gold == answers_b[split][key].gold]
         if not ids:
             continue
-        cells = Counter((_right(answers_a[split][key]), _right(answers_b[split][key])) for key in ids)
-        only_a, only_b = cells[True, False], cells[False, True]
-        low, high = paired_difference(cells[True, True], only_b, only_a, cells[False, False])
-        row = {"a": a, "b": b, "split": split, "n": len(ids), "only_a": only_a, "only_b": only_b}
-        difference = {"difference": (only_b - only_a) / len(ids), "low": low, "high": high}
-        row |= {**difference, "p": mcnemar(only_b, only_a)}
+        found = compare_paired((_right(answers_b[split][key]), _right(answers_a[split][key])) for key in ids)
+        alone = {"only_a": found["only_second"], "only_b": found["only_first"]}
+        row = {"a": a, "b": b, "split": split, "n": found["n"], **alone}
+        row |= {key: found[key] for key in ("difference", "low", "high", "p")}
         rows.append(row | ({"other_gold": len(both) - len(ids)} if len(both) > len(ids) else {}))
     return sorted(rows, key=lambda row: str(row["split"]))
 
