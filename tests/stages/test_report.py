@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from orpo_distill.page.paired import compare
 from orpo_distill.records import Answer, Outcome, write_jsonl
 from orpo_distill.runs import Asked, Manifest, RunFolder
 from orpo_distill.stages.export import ExportOptions, model_card
-from orpo_distill.stages.report import ReportOptions, compare, report
+from orpo_distill.stages.report import ReportOptions, report
 
 
 def evaluation(run: RunFolder, name: str, policy: str, right: str) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 from orpo_distill.component import Options
 from orpo_distill.errors import OrpoDistillError
 from orpo_distill.page import run_page
-from orpo_distill.page.paired import compare as compare
+from orpo_distill.page.paired import compare
 from orpo_distill.progress import say
 from orpo_distill.records import write_text
 from orpo_distill.runs import read_manifest
