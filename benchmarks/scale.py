@@ -13,7 +13,8 @@ One JSON line each:
 - `sample`: the sample stage around a sampler that costs nothing, K = 8;
 - `verify`: for `number`, `choice` and `yes_no` the verifier alone on one core, and the stage from file to file with as
   many processes as there are cores;
-- `pair_series`: the pair stage with one of problems, K and characters a text varied, for the plot.
+- `pair_series`: the pair stage with one of problems, K and characters a text varied, for the plot; characters
+  twice: with texts that surely fit, and with every text's tokens counted, as those of texts that may not fit are.
 """
 
 from __future__ import annotations
@@ -87,10 +88,12 @@ def verification(size: Size) -> Iterator[Line]:
 
 def series(spec: Spec) -> Iterator[Line]:
     """Cost of the pair stage against each of the three axes; the others stand at `spec`."""
+    lengths = [replace(spec, characters=characters) for characters in (250, 500, 1000, 2000, 4000)]
     axes = {
         "problems": [replace(spec, problems=spec.problems * times) for times in (1, 2, 4, 8)],
         "samples": [replace(spec, samples=samples) for samples in (2, 4, 8, 16, 32)],
-        "characters": [replace(spec, characters=characters) for characters in (250, 500, 1000, 2000, 4000)],
+        "characters": lengths,
+        "characters, tokens counted": [replace(point, counted=True) for point in lengths],
     }
     for axis, points in axes.items():
         for point in points:
@@ -124,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = {
         "large": large(spec),
         "verify": verification(size),
-        "series": series(replace(spec, problems=size.series, max_length=4096)),
+        "series": series(replace(spec, problems=size.series, max_length=1 << 16)),
     }
     points = []
     for name, lines in parts.items():

@@ -13,13 +13,17 @@ matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "scale", "fo
 from matplotlib import pyplot  # noqa: E402
 
 GREY, BLUE = "#808080", "#2f81f7"  # both readable on white and on black
-LABELS = {"problems": "problems", "samples": "K, traces a problem and side", "characters": "characters a text"}
+LABELS = {
+    "problems": "problems",
+    "samples": "K, traces a problem and side",
+    "characters": "characters a text",
+    "characters, tokens counted": "the same, tokens counted",
+}
 
 
-def slope(points: list[dict[str, Any]], axis: str) -> tuple[float, float]:
+def slope(xs: list[float], ys: list[float]) -> tuple[float, float]:
     """The least-squares line's seconds a unit and seconds at zero."""
-    count = len(points)
-    xs, ys = [point[axis] for point in points], [point["seconds"] for point in points]
+    count = len(xs)
     mean_x, mean_y = sum(xs) / count, sum(ys) / count
     rise = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
     return rise, mean_y - rise * mean_x
@@ -28,13 +32,13 @@ def slope(points: list[dict[str, Any]], axis: str) -> tuple[float, float]:
 def main() -> None:
     """One panel an axis: the points and the line through them."""
     points = json.load(sys.stdin)
-    figure, panels = pyplot.subplots(1, len(LABELS), figsize=(9, 2.8), layout="constrained")
+    figure, panels = pyplot.subplots(1, len(LABELS), figsize=(11, 2.8), layout="constrained")
     for panel, (axis, label) in zip(panels, LABELS.items(), strict=True):
-        mine = [point for point in points if point["axis"] == axis]
-        rise, start = slope(mine, axis)
-        end = max(point[axis] for point in mine)
-        panel.plot([0, end], [start, start + rise * end], color=GREY, linestyle="--", linewidth=1)
-        panel.plot([p[axis] for p in mine], [p["seconds"] for p in mine], "o", color=BLUE, markersize=5)
+        mine: list[dict[str, Any]] = [point for point in points if point["axis"] == axis]
+        xs, ys = [point[axis.partition(",")[0]] for point in mine], [point["seconds"] for point in mine]
+        rise, start = slope(xs, ys)
+        panel.plot([0, max(xs)], [start, start + rise * max(xs)], color=GREY, linestyle="--", linewidth=1)
+        panel.plot(xs, ys, "o", color=BLUE, markersize=5)
         panel.set_xlabel(label, color=GREY)
         panel.set_ylabel("seconds", color=GREY)
         panel.set_xlim(left=0)

@@ -109,6 +109,7 @@ class Spec:
     characters: int = 560  # a text, on average
     tokenizer: str = ""
     max_length: int = 1024
+    counted: bool = False  # every text's tokens are counted, not only those of texts that may not fit
     processes: int = 1  # of the verify stage
 
 
@@ -209,6 +210,7 @@ def run_pair(spec: Spec) -> dict[str, Any]:
         samples=spec.samples,
         tokenizer=spec.tokenizer,
         max_length=spec.max_length,
+        min_response_tokens=2 if spec.counted else 1,
     )
     metrics = pair(options, {name: Path(spec.folder) / name for name in names}, _out(spec))
     return {"traces": 2 * spec.problems * spec.samples, "pairs": metrics["pairs"]}
