@@ -25,7 +25,7 @@ from orpo_distill.stages.sample import SampleOptions, StopRule
 from orpo_distill.stages.train import TrainOptions
 from orpo_distill.stages.verify import VerifyOptions
 
-# Options of a task that a stage's work does not read: changing them leaves its traces, verdicts and pairs as they are.
+# Options of a task that a stage's result does not depend on: changing them leaves traces, verdicts, pairs as they are.
 SOURCE = ("task.path", "task.hub_id", "task.hub_config")
 VERIFIER = ("task.verifier",)
 ASKING = ("task.prompt", "task.system", "task.examples")

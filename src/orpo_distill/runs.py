@@ -39,7 +39,7 @@ class Stage:
     inputs: Mapping[str, str] = field(default_factory=dict)  # the work's name for it -> stage name
     outputs: tuple[str, ...] = ()  # the files and folders that are its result
     grows: frozenset[str] = frozenset()  # what may change and the work goes on in its folder, see `execution`
-    ignores: tuple[str, ...] = ()  # options that its work does not read, with all that is below them
+    ignores: tuple[str, ...] = ()  # options that its result does not depend on, with all that is below them
     precious: bool = False  # holds texts that may have been paid for: redone only when named itself
     consumes: Mapping[str, str] = field(default_factory=dict)  # input -> what it may have deleted since it finished
     own: bool = False  # speaks of its run by name: never shared with another run
