@@ -9,6 +9,7 @@ import pytest
 
 from orpo_distill.compare.cells import Asked, Cell, Design, design_of
 from orpo_distill.compare.results import Result, write_comparison
+from orpo_distill.compare.running import _equal_tokens
 from orpo_distill.errors import DataError
 from orpo_distill.records import Answer, Outcome, write_jsonl
 from orpo_distill.runs import Asked as AskedOf
@@ -33,13 +34,19 @@ def finish(cell: Cell, right: set[int], n: int = N) -> Result:
     low, high = wilson(len(right), n)
     row = {"split": "test", "n": n, "correct": len(right), "accuracy": len(right) / n, "low": low, "high": high}
     (evaluation / "results.json").write_text(json.dumps([row | {"parsed": 1.0, "truncated": 0.0, "majority": 0.5}]))
-    metrics = {"steps": 3, "tokens": 70, "completion_tokens": 11}
     for stage in ("teacher", "student-0", "round-1/train"):
-        folder.write_asked(stage, AskedOf("m:f", {}, {}))
-        folder.write_manifest(stage, Manifest(AskedOf("m:f", {}, {}), "", metrics))
+        counted(cell, stage)
     times = {"teacher": 2.0, "round-1/train": 3.0, "round-1/evaluate": 50.0}
     (folder.path / "times.json").write_text(json.dumps(times))
     return Result(cell)
+
+
+def counted(cell: Cell, stage: str, **changes: int) -> None:
+    """A finished stage of a cell's run, by what it counted."""
+    folder, asked = RunFolder(cell.config.run_dir), AskedOf("m:f", {}, {})
+    metrics = {"steps": 3, "tokens": 70, "completion_tokens": 11}
+    folder.write_asked(stage, asked)
+    folder.write_manifest(stage, Manifest(asked, "", metrics | changes))
 
 
 def content(design: Design, *right: tuple[str, int, set[int]]) -> dict:
@@ -86,7 +93,32 @@ def test_cells_say_what_they_cost(tmp_path: Path) -> None:
     (cell,) = content(designed(tmp_path, seeds=1), ("orpo-off", 0, {1}))["cells"]
     expected = {"n": N, "correct": 1, "steps": 3, "trained_tokens": 70, "sampled_tokens": 22, "seconds": 5.0}
     assert expected.items() <= cell.items()
+    assert cell["scored_tokens"] == 0
     assert (tmp_path / "demo-compare" / cell["run"]).is_dir()
+
+
+def test_warm_up_and_scores_are_counted(tmp_path: Path) -> None:
+    design = designed(tmp_path, methods="dpo", seeds=1)
+    cell = design.trained(design.blocks[0], "dpo", 0, 1e-3, "epochs")
+    result = finish(cell, {1})
+    counted(cell, "warmup/train", steps=2, tokens=30)
+    counted(cell, "round-1/reference-scores", tokens=40)
+    row = result.row(design.folder)
+    assert (row["steps"], row["trained_tokens"], row["scored_tokens"]) == (5, 100, 40)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(400, 8), (0, None), (5000, 1)])
+def test_equal_tokens_leave_fewer_steps_after_a_warm_up(tmp_path: Path, warmup: int, steps: int | None) -> None:
+    """The reference trains on 2 x 1,000 tokens in 2 x 10 steps. After 400 of warm-up 1,600 are left: 2 x 8 steps."""
+    design = design_of([config(runs=str(tmp_path), rounds=2)], Asked("orpo-off,dpo"))
+    done = {name: design.trained(design.blocks[0], name, 0, 1e-3, "epochs") for name in ("orpo-off", "dpo")}
+    for cell in done.values():
+        for number in (1, 2):
+            counted(cell, f"round-{number}/train", steps=10, tokens=1000)
+    counted(done["dpo"], "warmup/train", tokens=warmup)
+    off, dpo = _equal_tokens(design, done, 0)
+    assert off.config.train.steps_per_round is None
+    assert dpo.config.train.steps_per_round == steps
 
 
 def test_a_missing_partner_is_no_contrast(tmp_path: Path) -> None:

@@ -101,24 +101,33 @@ class Result:
         return [str(warning) for warning in json.loads(path.read_bytes())["warnings"]]
 
     def _cost(self) -> Row:
-        """Tokens trained on, tokens sampled to train on, and the seconds of both, as if nothing had been shared."""
+        """Steps, tokens and seconds of the run, as if nothing had been shared; what counts as what: docs/compare.md."""
         if not self.cell.trains:
-            return {"steps": 0, "trained_tokens": 0, "sampled_tokens": 0, "seconds": 0.0}
+            return {"steps": 0, "trained_tokens": 0, "sampled_tokens": 0, "scored_tokens": 0, "seconds": 0.0}
         times = json.loads((self._folder / "times.json").read_bytes())
-        metrics: dict[str, list[Metrics]] = {"sample": [], "train": []}
-        seconds = 0.0
+        trained = training(self.cell).values()
+        sampled, scored, seconds = 0, 0, 0.0
         for stage in stages_of(self.cell):
             kind = stage.work.rpartition(":")[2]
-            if kind in metrics:
-                metrics[kind].append(read_manifest(self._folder / stage.name).metrics)
+            if kind == "sample":
+                sampled += read_manifest(self._folder / stage.name).metrics["completion_tokens"]
+            elif kind == "score":
+                scored += read_manifest(self._folder / stage.name).metrics["tokens"]
             if kind not in ("problems", "evaluate", "report", "mechanisms"):
                 seconds += times.get(stage.name, 0.0)
         return {
-            "steps": sum(each["steps"] for each in metrics["train"]),
-            "trained_tokens": sum(each["tokens"] for each in metrics["train"]),
-            "sampled_tokens": sum(each["completion_tokens"] for each in metrics["sample"]),
+            "steps": sum(each["steps"] for each in trained),
+            "trained_tokens": sum(each["tokens"] for each in trained),
+            "sampled_tokens": sampled,
+            "scored_tokens": scored,
             "seconds": round(seconds, 1),
         }
+
+
+def training(cell: Cell) -> dict[str, Metrics]:
+    """What each train stage of a finished cell counted: the warm-up's, if there is one, and every round's."""
+    stages = [stage.name for stage in stages_of(cell) if stage.work.endswith(":train")]
+    return {name: read_manifest(cell.config.run_dir / name).metrics for name in stages}
 
 
 def write_comparison(
@@ -169,7 +178,10 @@ def _notes(design: Design, impossible: Mapping[str, str]) -> Iterator[str]:
         )
     if trained and "tokens" in design.budgets:
         whose = "orpo-off" if "orpo-off" in trained else "the method that trains on most"
-        yield f"Equal tokens: response tokens scored in training, within 5% or a step of what {whose} has in epochs."
+        yield (
+            f"Equal tokens: response tokens trained on, warm-up included, within 5% or a step a round of what {whose} "
+            "has in epochs."
+        )
     if "diverse-cot" not in design.methods and any(most_traces(block.config) == 1 for block in design.blocks):
         yield "diverse-cot is left out: the teacher has one trace a problem, so it is single-cot."
     runs: dict[str, list[str]] = {}

@@ -16,7 +16,7 @@ from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 from orpo_distill.compare.cells import Block, Cell, Design
-from orpo_distill.compare.results import Result, Search, write_comparison
+from orpo_distill.compare.results import Result, Search, training, write_comparison
 from orpo_distill.compare.tables import render_markdown
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError, DataError, Interrupted, RunError
@@ -26,7 +26,7 @@ from orpo_distill.launch import device_environment, die_with
 from orpo_distill.page import comparison_page
 from orpo_distill.progress import say
 from orpo_distill.records import write_text
-from orpo_distill.runs import SHARED, RunFolder, disk_errors_explained, read_manifest
+from orpo_distill.runs import SHARED, RunFolder, disk_errors_explained
 
 REFERENCE = "orpo-off"  # equal tokens are its tokens; without it those of the method that trains on most
 DELETED = "deleted"  # a checkpoint's name while it is deleted
@@ -126,26 +126,28 @@ def _with_budgets(runner: Runner, block: Block, rates: dict[tuple[str, str], flo
 
 def _equal_tokens(design: Design, done: dict[str, Cell], seed: int) -> list[Cell]:
     """The methods (no sweeps) with as many steps a round as bring their trained tokens closest to the reference's."""
-    counts = {method: trained_tokens(cell) for method, cell in done.items()}
-    target = counts[REFERENCE][0] if REFERENCE in counts else max(tokens for tokens, _ in counts.values())
+    counts = {method: _trained(cell) for method, cell in done.items()}
+    totals = {method: warmup + tokens for method, (warmup, tokens, _) in counts.items()}
+    target = totals.get(REFERENCE, max(totals.values()))
     cells = []
     for method, cell in done.items():
         if method in design.swept():
             continue
-        tokens, steps = counts[method]
+        warmup, tokens, steps = counts[method]
         rounds = cell.config.rounds
-        a_round = max(1, round(steps / rounds * target / tokens))
+        a_round = max(1, round(steps / rounds * (target - warmup) / tokens))
         rate = cell.config.train.learning_rate
-        same = a_round * rounds == steps or abs(tokens - target) <= CLOSE * target
+        same = a_round * rounds == steps or abs(totals[method] - target) <= CLOSE * target
         cells.append(design.trained(cell.block, method, seed, rate, "tokens", None if same else a_round))
     return cells
 
 
-def trained_tokens(cell: Cell) -> tuple[int, int]:
-    """Response tokens that a cell's training scored, and its optimizer steps, over all rounds."""
-    folder, rounds = cell.config.run_dir, range(1, cell.config.rounds + 1)
-    metrics = [read_manifest(folder / f"round-{number}" / "train").metrics for number in rounds]
-    return sum(each["tokens"] for each in metrics), sum(each["steps"] for each in metrics)
+def _trained(cell: Cell) -> tuple[int, int, int]:
+    """Tokens that a cell's warm-up trained on, those of all rounds together, and the optimizer steps of the rounds."""
+    rounds = training(cell)
+    warmup = rounds.pop("warmup/train", {"tokens": 0})["tokens"]
+    tokens, steps = (sum(each[key] for each in rounds.values()) for key in ("tokens", "steps"))
+    return warmup, tokens, steps
 
 
 def _free(design: Design) -> None:
