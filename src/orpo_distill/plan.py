@@ -259,7 +259,7 @@ def _extrapolated(config: Config) -> list[Stage]:
     for alpha in config.extrapolate.alpha if config.extrapolate else ():
         if alpha:
             policy = policy_of(config, alpha)
-            stages += [extrapolated(config, alpha), _evaluate(config, f"{folder_of(alpha)}/evaluate", policy)]
+            stages += [extrapolated(config, alpha), _evaluate(config, f"{folder_of(config, alpha)}/evaluate", policy)]
     return [*stages, chosen(config)] if config.extrapolate else []
 
 

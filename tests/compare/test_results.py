@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orpo_distill.compare.cells import Asked, Cell, Design, design_of
-from orpo_distill.compare.results import Result, write_comparison
+from orpo_distill.compare.results import Result, evaluation_of, write_comparison
 from orpo_distill.compare.running import _equal_tokens
 from orpo_distill.errors import DataError
 from orpo_distill.records import Answer, Outcome, write_jsonl
@@ -27,7 +27,7 @@ def designed(folder: Path, **asked: object) -> Design:
 def finish(cell: Cell, right: set[int], n: int = N) -> Result:
     """A cell's run folder as a finished run leaves it: problem i is right if it is in `right`."""
     folder = RunFolder(cell.config.run_dir)
-    evaluation = folder.path / cell.evaluation
+    evaluation = evaluation_of(cell)
     evaluation.mkdir(parents=True)
     outcomes = [Outcome.CORRECT if i in right else Outcome.WRONG for i in range(n)]
     write_jsonl(evaluation / "answers.jsonl", (Answer(f"p{i}", "test", "1", "1", o) for i, o in enumerate(outcomes)))
@@ -41,7 +41,7 @@ def finish(cell: Cell, right: set[int], n: int = N) -> Result:
     return Result(cell)
 
 
-def counted(cell: Cell, stage: str, **changes: int) -> None:
+def counted(cell: Cell, stage: str, **changes: float) -> None:
     """A finished stage of a cell's run, by what it counted."""
     folder, asked = RunFolder(cell.config.run_dir), AskedOf("m:f", {}, {})
     metrics = {"steps": 3, "tokens": 70, "completion_tokens": 11}
@@ -119,6 +119,16 @@ def test_equal_tokens_leave_fewer_steps_after_a_warm_up(tmp_path: Path, warmup: 
     off, dpo = _equal_tokens(design, done, 0)
     assert off.config.train.steps_per_round is None
     assert dpo.config.train.steps_per_round == steps
+
+
+@pytest.mark.parametrize(("alpha", "stage"), [(0.3, "extrapolate/0.3/evaluate"), (0, "round-1/evaluate")])
+def test_an_extrapolated_cell_is_of_the_student_that_was_chosen(tmp_path: Path, alpha: float, stage: str) -> None:
+    design = designed(tmp_path, methods="orpo-expo", seeds=1)
+    cell = design.trained(design.blocks[0], "orpo-expo", 0, 1e-3, "epochs")
+    counted(cell, "extrapolate/chosen", alpha=alpha)
+    assert finish(cell, {1, 2}).row(design.folder)["correct"] == 2
+    assert (cell.config.run_dir / stage / "answers.jsonl").exists()
+    assert design.searching(design.blocks[0], "orpo-expo", 1e-3).until == "extrapolate/chosen"
 
 
 def test_a_missing_partner_is_no_contrast(tmp_path: Path) -> None:

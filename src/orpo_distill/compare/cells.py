@@ -11,6 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import Literal, get_args
 
+from orpo_distill.additions import CHOSEN
 from orpo_distill.compare.methods import METHODS, Sweep, configured, overlaid, parse_methods, parse_sweep
 from orpo_distill.component import type_name
 from orpo_distill.config import Config
@@ -63,11 +64,6 @@ class Cell:
     until: str  # the stage that it needs
 
     @property
-    def evaluation(self) -> str:
-        """The stage that measured what the cell is about."""
-        return f"round-{self.config.rounds}/evaluate" if self.trains else "baseline"
-
-    @property
     def trains(self) -> bool:
         """Whether anything is trained."""
         return self.seed is not None
@@ -113,7 +109,8 @@ class Design:
         name = f"{SEARCHED}-{method}-lr{rate:g}-s{seed}"
         extra = {"evaluate.test": False}
         config = self._config(block, self._of(block, method), name, self._seeded(block, seed, rate, None) | extra)
-        return Cell(block, method, seed, "epochs", config, f"round-{config.rounds}/evaluate")
+        until = CHOSEN if config.extrapolate else f"round-{config.rounds}/evaluate"
+        return Cell(block, method, seed, "epochs", config, until)
 
     def trained(
         self, block: Block, method: str, seed: int, rate: float, budget: Budget, steps: int | None = None

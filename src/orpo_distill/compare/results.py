@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from orpo_distill.additions import CHOSEN, folder_of
 from orpo_distill.compare.cells import Block, Cell, Design, stages_of
 from orpo_distill.compare.methods import EXPLORATORY, METHODS, PRIMARY, Sweep, most_traces
 from orpo_distill.errors import DataError
@@ -72,13 +73,13 @@ class Result:
     @cached_property
     def right(self) -> dict[str, bool]:
         """Problem -> whether its answer on test was right."""
-        answers = read_jsonl(self._folder / self.cell.evaluation / "answers.jsonl", Answer)
+        answers = read_jsonl(evaluation_of(self.cell) / "answers.jsonl", Answer)
         return {answer.problem_id: answer.outcome == Outcome.CORRECT for answer in answers if answer.split == "test"}
 
     def row(self, root: Path) -> Row:
         """As it stands in `compare.json`."""
         cell = self.cell
-        measured = json.loads((self._folder / cell.evaluation / "results.json").read_bytes())
+        measured = json.loads((evaluation_of(cell) / "results.json").read_bytes())
         test = next(row for row in measured if row["split"] == "test")
         keys = ("n", "correct", "accuracy", "low", "high", "parsed", "truncated", "majority")
         return {
@@ -122,6 +123,15 @@ class Result:
             "scored_tokens": scored,
             "seconds": round(seconds, 1),
         }
+
+
+def evaluation_of(cell: Cell) -> Path:
+    """The folder of the evaluation that a finished cell is about; with `extrapolate` that of the alpha it chose."""
+    folder, config = cell.config.run_dir, cell.config
+    if not cell.trains:
+        return folder / "baseline"
+    alpha = read_manifest(folder / CHOSEN).metrics["alpha"] if config.extrapolate else 0.0
+    return folder / folder_of(config, alpha) / "evaluate"
 
 
 def training(cell: Cell) -> dict[str, Metrics]:

@@ -16,7 +16,7 @@ from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 from orpo_distill.compare.cells import Block, Cell, Design
-from orpo_distill.compare.results import Result, Search, training, write_comparison
+from orpo_distill.compare.results import Result, Search, evaluation_of, training, write_comparison
 from orpo_distill.compare.tables import render_markdown
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError, DataError, Interrupted, RunError
@@ -100,7 +100,7 @@ def _search(runner: Runner, block: Block) -> list[Search]:
 
 def _validation(cell: Cell) -> tuple[int, int]:
     """Problems, and how many were right."""
-    rows = json.loads((cell.config.run_dir / cell.evaluation / "results.json").read_bytes())
+    rows = json.loads((evaluation_of(cell) / "results.json").read_bytes())
     row = next(row for row in rows if row["split"] == "validation")
     return row["n"], row["correct"]
 
