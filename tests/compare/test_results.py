@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from orpo_distill.compare.cells import Asked, Cell, Design, design_of
+from orpo_distill.compare.cells import Cell, Design, Wanted, design_of
 from orpo_distill.compare.results import Result, evaluation_of, write_comparison
 from orpo_distill.compare.running import _equal_tokens
 from orpo_distill.errors import DataError
 from orpo_distill.records import Answer, Outcome, write_jsonl
-from orpo_distill.runs import Asked as AskedOf
-from orpo_distill.runs import Manifest, RunFolder
+from orpo_distill.runs import Asked, Manifest, RunFolder
 from orpo_distill.statistics import wilson
 from tests.compare.test_methods import config
 
@@ -21,7 +20,7 @@ N = 100
 
 
 def designed(folder: Path, **asked: object) -> Design:
-    return design_of([config(runs=str(folder), rounds=1)], Asked(**{"methods": "orpo-off,orpo-mixed", **asked}))  # type: ignore[arg-type]
+    return design_of([config(runs=str(folder), rounds=1)], Wanted(**{"methods": "orpo-off,orpo-mixed", **asked}))  # type: ignore[arg-type]
 
 
 def finish(cell: Cell, right: set[int], n: int = N) -> Result:
@@ -43,7 +42,7 @@ def finish(cell: Cell, right: set[int], n: int = N) -> Result:
 
 def counted(cell: Cell, stage: str, **changes: float) -> None:
     """A finished stage of a cell's run, by what it counted."""
-    folder, asked = RunFolder(cell.config.run_dir), AskedOf("m:f", {}, {})
+    folder, asked = RunFolder(cell.config.run_dir), Asked("m:f", {}, {})
     metrics = {"steps": 3, "tokens": 70, "completion_tokens": 11}
     folder.write_asked(stage, asked)
     folder.write_manifest(stage, Manifest(asked, "", metrics | changes))
@@ -110,7 +109,7 @@ def test_warm_up_and_scores_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("warmup", "steps"), [(400, 8), (0, None), (5000, 1)])
 def test_equal_tokens_leave_fewer_steps_after_a_warm_up(tmp_path: Path, warmup: int, steps: int | None) -> None:
     """The reference trains on 2 x 1,000 tokens in 2 x 10 steps. After 400 of warm-up 1,600 are left: 2 x 8 steps."""
-    design = design_of([config(runs=str(tmp_path), rounds=2)], Asked("orpo-off,dpo"))
+    design = design_of([config(runs=str(tmp_path), rounds=2)], Wanted("orpo-off,dpo"))
     done = {name: design.trained(design.blocks[0], name, 0, 1e-3, "epochs") for name in ("orpo-off", "dpo")}
     for cell in done.values():
         for number in (1, 2):

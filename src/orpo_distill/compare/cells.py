@@ -163,7 +163,7 @@ def _file_name(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Wanted:
     """A comparison in the words of the command line."""
 
     methods: str
@@ -175,24 +175,29 @@ class Asked:
     name: str | None = None
 
 
-def design_of(configs: Sequence[Config], asked: Asked) -> Design:
+def design_of(configs: Sequence[Config], wanted: Wanted) -> Design:
     """The comparison that was asked for. Raises ConfigError for words that mean nothing, or settings that clash."""
     if not configs:
         raise ConfigError("expected a config to compare methods on, found none; name at least one file")
-    methods = parse_methods(asked.methods, configs)
-    sweeps = _sweeps(asked.sweeps)
+    methods = parse_methods(wanted.methods, configs)
+    sweeps, budgets = _sweeps(wanted.sweeps), _budgets(wanted.budgets)
+    if sweeps and "epochs" not in budgets:
+        raise ConfigError(
+            f"expected epochs in --budgets beside --sweep, which is run with equal epochs, found {wanted.budgets!r}; "
+            "add epochs or leave --sweep out"
+        )
     if not methods and not sweeps:
         raise ConfigError("expected methods or a sweep to compare, found none; see --methods and --sweep")
-    name = _folder_name(asked.name or f"{configs[0].name}-compare")
+    name = _folder_name(wanted.name or f"{configs[0].name}-compare")
     design = Design(
         blocks=_blocks(configs),
         folder=configs[0].runs / name,
         methods=tuple(methods),
         sweeps=sweeps,
-        seeds=asked.seeds,
-        learning_rates=_rates(asked.learning_rates),
-        budgets=_budgets(asked.budgets),
-        vary_traces=asked.vary_traces,
+        seeds=wanted.seeds,
+        learning_rates=_rates(wanted.learning_rates),
+        budgets=budgets,
+        vary_traces=wanted.vary_traces,
     )
     for block in design.blocks:  # every config is made once, so that what is wrong is said now
         for method in design.trained_methods():

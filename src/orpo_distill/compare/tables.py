@@ -86,12 +86,12 @@ def summary(content: Row) -> Iterator[Table]:
 def _tables(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, str], list[Row]]]:
     """The rows of each block and budget; those without a budget stand in every one of their block."""
     blocks = dict.fromkeys(row["block"] for row in rows)
-    budgets = [budget for budget in dict.fromkeys(row["budget"] for row in rows) if budget is not None]
+    budgets = [budget for budget in dict.fromkeys(row["budget"] for row in rows) if budget is not None] or [None]
     for block in blocks:
         for budget in budgets:
             found = [row for row in rows if row["block"] == block and row["budget"] in (budget, None)]
             if found:
-                yield (f", {block}" if block else "", f"equal {budget}"), found
+                yield (f", {block}" if block else "", f"equal {budget}" if budget else "no training"), found
 
 
 def _accuracies(rows: Sequence[Row]) -> Table:
