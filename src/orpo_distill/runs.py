@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orpo_distill.component import Options, method_options
-from orpo_distill.errors import RunError
+from orpo_distill.errors import RunError, RunInUse
 from orpo_distill.records import write_text
 
 FORMAT = 1
@@ -127,7 +127,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process. Raises RunError if another process has it."""
+        """Hold the run for this process. Raises RunInUse if another process has it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+") as file:
             try:
@@ -135,7 +135,7 @@ class RunFolder:
             except OSError as error:
                 file.seek(0)
                 owner = file.read().strip() or "another process"
-                raise RunError(
+                raise RunInUse(
                     f"expected the run folder {self.path} to be free, found it in use by {owner}; "
                     "wait for it, stop it, or give this run another name"
                 ) from error

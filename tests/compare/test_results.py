@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from orpo_distill.compare.cells import Cell, Design, Wanted, design_of
 from orpo_distill.compare.results import Result, evaluation_of, write_comparison
 from orpo_distill.compare.running import _equal_tokens
 from orpo_distill.errors import DataError
-from orpo_distill.records import Answer, Outcome, write_jsonl
+from orpo_distill.records import Answer, Outcome, Trace, write_jsonl
 from orpo_distill.runs import Asked, Manifest, RunFolder
 from orpo_distill.statistics import wilson
 from tests.compare.test_methods import config
@@ -78,6 +79,30 @@ def test_three_seeds_are_a_weak_t_interval(tmp_path: Path) -> None:
     assert [each["difference"] for each in row["seeds"]] == pytest.approx([0.02, 0.04, 0.06])
 
 
+def test_runs_that_are_the_same_under_both_budgets_are_one_test(tmp_path: Path) -> None:
+    """mixed - off has the same answers under both, off - zero has not: a family of three tests, not of four.
+
+    Who is better solves 10 problems alone, and 5 in off - zero with equal tokens: p = 2 / 2^10 and 2 / 2^5.
+    """
+    design = designed(tmp_path, methods="orpo-zero,orpo-off,orpo-mixed", seeds=1)
+    results = []
+    for budget, zeros in (("epochs", 40), ("tokens", 45)):
+        for method, right in (("orpo-zero", zeros), ("orpo-off", 50), ("orpo-mixed", 60)):
+            cell = design.trained(design.blocks[0], method, 0, 1e-3, budget)
+            results.append(finish(cell, set(range(right))))
+            if budget == "tokens" and method != "orpo-zero":
+                shutil.rmtree(own := evaluation_of(cell))
+                own.symlink_to(evaluation_of(design.trained(design.blocks[0], method, 0, 1e-3, "epochs")))
+    rows = write_comparison(design, [], results, {}, "")["contrasts"]
+    found = {(row["a"], row["budget"]): row["p_holm"] for row in rows if row["family"] == "primary"}
+    assert found == {
+        ("orpo-mixed", "epochs"): pytest.approx(3 * 2 / 2**10),
+        ("orpo-mixed", "tokens"): pytest.approx(3 * 2 / 2**10),
+        ("orpo-off", "epochs"): pytest.approx(3 * 2 / 2**10),
+        ("orpo-off", "tokens"): pytest.approx(2 / 2**5),
+    }
+
+
 def test_five_seeds_are_resampled_with_the_problems(tmp_path: Path) -> None:
     right = [("orpo-off", seed, set(range(seed, 50 + seed))) for seed in range(5)]
     right += [("orpo-mixed", seed, set(range(seed, 70 + seed))) for seed in range(5)]
@@ -118,6 +143,17 @@ def test_equal_tokens_leave_fewer_steps_after_a_warm_up(tmp_path: Path, warmup: 
     off, dpo = _equal_tokens(design, done, 0)
     assert off.config.train.steps_per_round is None
     assert dpo.config.train.steps_per_round == steps
+
+
+def test_a_sweep_of_k_counts_the_texts_that_are_used(tmp_path: Path) -> None:
+    """Three traces of 4 tokens for each of two problems, teacher and student; K = 2."""
+    design = designed(tmp_path, methods="", sweeps=("K=2,4",), seeds=1)
+    cell = design.trained(design.blocks[0], "pairs.traces=2", 0, 1e-3, "epochs")
+    result = finish(cell, {1})
+    for policy in ("teacher", "student-0"):
+        traces = [Trace(f"{p}{i}", p, policy, i, "x", completion_tokens=4) for p in "ab" for i in range(3)]
+        write_jsonl(cell.config.run_dir / policy / "traces.jsonl", traces)
+    assert result.row(design.folder)["sampled_tokens"] == 2 * 2 * 2 * 4
 
 
 @pytest.mark.parametrize(("alpha", "stage"), [(0.3, "extrapolate/0.3/evaluate"), (0, "round-1/evaluate")])
