@@ -18,6 +18,7 @@ from orpo_distill.models import load_model
 from orpo_distill.plan import plan
 from orpo_distill.records import Pair, Score, read_jsonl
 from tests.checkpoints import save_tiny_checkpoint
+from tests.page.reading import Seen
 from tests.test_end_to_end import COMMAND, cli, experiment, stable_files
 
 DADPO = {"type": "dadpo", "beta1": 0.1, "beta2": 0.1}
@@ -100,6 +101,9 @@ def test_the_moved_student_is_arithmetic_on_the_weights(finished: Path) -> None:
     choice = json.loads((run_dir / "extrapolate/chosen/choice.json").read_text())
     assert [row["alpha"] for row in choice["tried"]] == [0, 0.5]
     assert report["headline"]["policy"] == choice["policy"]
+    seen = Seen((run_dir / "report/report.html").read_text())
+    assert f"{choice['policy']} answers" in seen.text
+    assert seen.row("warmup", "4") and seen.row("student-2+0.5", "4")
     exported = load_model(str(run_dir / "student"), "float32", "cpu").state_dict()
     expected = last if choice["alpha"] == 0 else moved
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
