@@ -103,7 +103,7 @@ def test_runs_that_are_the_same_under_both_budgets_are_one_test(tmp_path: Path) 
     }
 
 
-def test_five_seeds_are_resampled_with_the_problems(tmp_path: Path) -> None:
+def test_five_seeds_are_crossed_with_the_problems(tmp_path: Path) -> None:
     right = [("orpo-off", seed, set(range(seed, 50 + seed))) for seed in range(5)]
     right += [("orpo-mixed", seed, set(range(seed, 70 + seed))) for seed in range(5)]
     (row,) = content(designed(tmp_path, seeds=5), *right)["contrasts"]
@@ -198,7 +198,7 @@ def test_a_sweep_of_numbers_has_one_slope(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seeds", [2, 5])
 def test_a_setting_without_effect_has_no_trend(tmp_path: Path, seeds: int) -> None:
-    """All values give the same answers. The weights of 0.7, 0.8 and 0.9 as floats sum to -5e-15, in every resample."""
+    """All values give the same answers. The weights of 0.7, 0.8 and 0.9 as floats sum to -5e-15, on every problem."""
     values = (0.7, 0.8, 0.9)
     design = designed(tmp_path, methods="", sweeps=("pairs.rouge_l_max=0.7,0.8,0.9",), seeds=seeds)
     right = [(f"pairs.rouge_l_max={value}", seed, set(range(50 + seed))) for seed in range(seeds) for value in values]
