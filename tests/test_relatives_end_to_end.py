@@ -18,6 +18,7 @@ from orpo_distill.models import load_model
 from orpo_distill.plan import plan
 from orpo_distill.records import Pair, Score, read_jsonl
 from tests.checkpoints import save_tiny_checkpoint
+from tests.page.reading import Seen
 from tests.test_end_to_end import COMMAND, cli, experiment, stable_files
 
 DADPO = {"type": "dadpo", "beta1": 0.1, "beta2": 0.1}
@@ -100,6 +101,9 @@ def test_the_moved_student_is_arithmetic_on_the_weights(finished: Path) -> None:
     choice = json.loads((run_dir / "extrapolate/chosen/choice.json").read_text())
     assert [row["alpha"] for row in choice["tried"]] == [0, 0.5]
     assert report["headline"]["policy"] == choice["policy"]
+    seen = Seen((run_dir / "report/report.html").read_text())
+    assert f"{choice['policy']} answers" in seen.text
+    assert seen.row("warmup", "4") and seen.row("student-2+0.5", "4")
     exported = load_model(str(run_dir / "student"), "float32", "cpu").state_dict()
     expected = last if choice["alpha"] == 0 else moved
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
@@ -192,12 +196,18 @@ def test_adapters_go_on_from_the_warm_up_and_are_extrapolated(tmp_path: Path) ->
 
 def test_compared_they_share_the_warm_up_and_the_references_scores(tmp_path: Path) -> None:
     path = experiment(tmp_path, teacher=teacher(tmp_path), rounds=1, mechanisms={"enabled": False})
-    asked = ("--methods", "orpo-off,dpo,dadpo", "--seeds", 1, "--learning-rates", "1e-3", "--budgets", "epochs")
+    methods = ("zero-shot", "orpo-off", "orpo-expo", "dpo", "dadpo")
+    asked = ("--methods", ",".join(methods), "--seeds", 1, "--learning-rates", "1e-3", "--budgets", "epochs")
     done = cli("compare", path, *asked)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/demo-compare"
-    cells = json.loads((folder / "compare.json").read_bytes())["cells"]
-    assert {cell["method"] for cell in cells} == {"zero-shot", "orpo-off", "dpo", "dadpo"}
+    cells = {cell["method"]: cell for cell in json.loads((folder / "compare.json").read_bytes())["cells"]}
+    assert cells.keys() == set(methods)
+    scored = [cells[name]["scored_tokens"] for name in ("orpo-off", "dpo", "dadpo")]
+    assert 0 == scored[0] < scored[1] < scored[2]
+    assert cells["dpo"]["trained_tokens"] > cells["orpo-off"]["trained_tokens"]
+    choice = json.loads((folder / "orpo-expo-epochs-s0/extrapolate/chosen/choice.json").read_bytes())
+    assert [row["alpha"] for row in choice["tried"]] == [0, 0.1, 0.3, 0.5]
     off, dpo, dadpo = (folder / f"{name}-epochs-s0" for name in ("orpo-off", "dpo", "dadpo"))
     for stage in ("warmup/train", "round-1/reference-scores"):
         assert (dpo / stage).samefile(dadpo / stage)

@@ -13,7 +13,7 @@ from orpo_distill.errors import DataError, RunError
 from orpo_distill.records import FinishReason, Message, Trace, read_jsonl
 from orpo_distill.samplers import Completion, Decoding, Generate, Request, Sampler
 from orpo_distill.samplers.scripted import Scripted
-from orpo_distill.sampling import sample_traces, with_prefix
+from orpo_distill.sampling import Author, sample_traces, with_prefix
 
 PROBLEMS = ("a", "b", "c", "d", "e")
 SAMPLER = Scripted(default=("zero", "one", "two"))
@@ -24,7 +24,7 @@ def requests(samples: int, problems: Iterable[str] = PROBLEMS) -> list[Request]:
 
 
 def run(out: Path, asked: list[Request], sampler: Sampler = SAMPLER, shard: tuple[int, int] | None = None) -> int:
-    return sample_traces(sampler, "model", asked, Decoding(), "teacher", out, shard)
+    return sample_traces(Author(sampler, "model", Decoding(), "teacher"), asked, out, shard)
 
 
 def traces(out: Path, name: str = "traces.jsonl") -> list[Trace]:

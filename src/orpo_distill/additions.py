@@ -78,9 +78,9 @@ def policy_of(config: Config, alpha: float) -> str:
     return f"student-{config.rounds}" + (f"+{alpha:g}" if alpha else "")
 
 
-def folder_of(alpha: float) -> str:
-    """The folder of the student that was moved on by alpha."""
-    return f"extrapolate/{alpha:g}"
+def folder_of(config: Config, alpha: float) -> str:
+    """The folder with the last student, moved on by alpha, and its evaluation."""
+    return f"extrapolate/{alpha:g}" if alpha else f"round-{config.rounds}"
 
 
 def extrapolated(config: Config, alpha: float) -> Stage:
@@ -96,17 +96,16 @@ def extrapolated(config: Config, alpha: float) -> Stage:
         trust_remote_code=config.train.trust_remote_code,
     )
     work = "orpo_distill.stages.extrapolate:extrapolate"
-    return Stage(f"{folder_of(alpha)}/train", work, options, inputs, outputs=("model",))
+    return Stage(f"{folder_of(config, alpha)}/train", work, options, inputs, outputs=("model",))
 
 
 def chosen(config: Config) -> Stage:
     """The alpha that is best on validation, and its model."""
     section = config.extrapolate
     assert section is not None
-    last = f"round-{config.rounds}"
     inputs: dict[str, str] = {}
     for alpha in section.alpha:
-        folder = folder_of(alpha) if alpha else last
+        folder = folder_of(config, alpha)
         inputs |= {f"model:{alpha:g}": f"{folder}/train", f"evaluate:{alpha:g}": f"{folder}/evaluate"}
     options = ChooseOptions(alpha=section.alpha, policies=tuple(policy_of(config, alpha) for alpha in section.alpha))
     return Stage(CHOSEN, "orpo_distill.stages.extrapolate:choose", options, inputs, outputs=("model", "choice.json"))

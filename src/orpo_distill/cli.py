@@ -15,7 +15,7 @@ import typer
 import yaml
 
 from orpo_distill import __version__
-from orpo_distill.compare.cells import Asked, design_of
+from orpo_distill.compare.cells import Wanted, design_of
 from orpo_distill.compare.methods import DEFAULT as DEFAULT_METHODS
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError, Interrupted, OrpoDistillError
@@ -135,8 +135,8 @@ def compare(
 
     files, overrides = _files_and_settings(items)
     configs = [_config(file, _with_ledger(overrides, ledger)) for file in files]
-    asked = Asked(methods, tuple(sweep or ()), seeds, learning_rates, budgets, vary == "traces", name)
-    design = design_of(configs, asked)
+    wanted = Wanted(methods, tuple(sweep or ()), seeds, learning_rates, budgets, vary == "traces", name)
+    design = design_of(configs, wanted)
     if plan:
         _print_table(plan_table(design))
         return

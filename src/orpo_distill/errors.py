@@ -42,6 +42,10 @@ class RunError(OrpoDistillError, RuntimeError):
     """The run folder is locked, stale or damaged, or a stage's process failed."""
 
 
+class RunInUse(RunError):
+    """Another process holds the run folder."""
+
+
 class TrainingError(OrpoDistillError, RuntimeError):
     """Training stopped: loss not finite, or out of memory."""
 

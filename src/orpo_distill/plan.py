@@ -25,7 +25,7 @@ from orpo_distill.stages.sample import SampleOptions, StopRule
 from orpo_distill.stages.train import TrainOptions
 from orpo_distill.stages.verify import VerifyOptions
 
-# Options of a task that a stage's work does not read: changing them leaves its traces, verdicts and pairs as they are.
+# Options of a task that a stage's result does not depend on: changing them leaves traces, verdicts, pairs as they are.
 SOURCE = ("task.path", "task.hub_id", "task.hub_config")
 VERIFIER = ("task.verifier",)
 ASKING = ("task.prompt", "task.system", "task.examples")
@@ -259,7 +259,7 @@ def _extrapolated(config: Config) -> list[Stage]:
     for alpha in config.extrapolate.alpha if config.extrapolate else ():
         if alpha:
             policy = policy_of(config, alpha)
-            stages += [extrapolated(config, alpha), _evaluate(config, f"{folder_of(alpha)}/evaluate", policy)]
+            stages += [extrapolated(config, alpha), _evaluate(config, f"{folder_of(config, alpha)}/evaluate", policy)]
     return [*stages, chosen(config)] if config.extrapolate else []
 
 

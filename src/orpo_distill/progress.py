@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 Advance = Callable[[int], None]
+Note = Callable[[], str]  # what is to be said just now; "" for nothing
 SECONDS_BETWEEN_LINES = 10.0
 LEAST_SHARE = 0.03  # of the work that is done before the time left is guessed
 
@@ -19,10 +20,10 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress(label: str, total: int, done: int = 0, note: Callable[[], str] | None = None) -> Iterator[Advance]:
-    """`with progress("teacher", 2400) as advance:` then `advance(n)` for each n items done; `note` says more."""
+def progress(label: str, total: int, done: int = 0, *notes: Note | None) -> Iterator[Advance]:
+    """`with progress("teacher", 2400) as advance:` then `advance(n)` for each n items done; `notes` say more."""
     if sys.stderr.isatty():
-        with _bar(label, total, done, note) as advance:
+        with _bar(label, total, done, notes) as advance:
             yield advance
         return
     started = last = time.monotonic()
@@ -36,13 +37,17 @@ def progress(label: str, total: int, done: int = 0, note: Callable[[], str] | No
             share = (count - done) / max(1, total - done)
             left = (now - started) * (1 / share - 1) if share > LEAST_SHARE else None
             more = [f"about {left:.0f} s left"] if left is not None else []
-            say(f"  {label}: " + ", ".join([f"{count}/{total}", *more, *([note()] if note else [])]))
+            say(f"  {label}: " + ", ".join([f"{count}/{total}", *more, *_said(notes)]))
 
     yield advance_plain
 
 
+def _said(notes: Sequence[Note | None]) -> list[str]:
+    return [words for note in notes if note is not None and (words := note())]
+
+
 @contextmanager
-def _bar(label: str, total: int, done: int, note: Callable[[], str] | None) -> Iterator[Advance]:
+def _bar(label: str, total: int, done: int, notes: Sequence[Note | None]) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -65,6 +70,6 @@ def _bar(label: str, total: int, done: int, note: Callable[[], str] | None) -> I
         task = bar.add_task(label, total=total, completed=done, note="")
 
         def advance(n: int = 1) -> None:
-            bar.update(task, advance=n, note=note() if note else "")
+            bar.update(task, advance=n, note=", ".join(_said(notes)))
 
         yield advance

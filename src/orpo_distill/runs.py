@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orpo_distill.component import Options, method_options
-from orpo_distill.errors import RunError
+from orpo_distill.errors import RunError, RunInUse
 from orpo_distill.records import write_text
 
 FORMAT = 1
@@ -39,7 +39,7 @@ class Stage:
     inputs: Mapping[str, str] = field(default_factory=dict)  # the work's name for it -> stage name
     outputs: tuple[str, ...] = ()  # the files and folders that are its result
     grows: frozenset[str] = frozenset()  # what may change and the work goes on in its folder, see `execution`
-    ignores: tuple[str, ...] = ()  # options that its work does not read, with all that is below them
+    ignores: tuple[str, ...] = ()  # options that its result does not depend on, with all that is below them
     precious: bool = False  # holds texts that may have been paid for: redone only when named itself
     consumes: Mapping[str, str] = field(default_factory=dict)  # input -> what it may have deleted since it finished
     own: bool = False  # speaks of its run by name: never shared with another run
@@ -127,7 +127,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process. Raises RunError if another process has it."""
+        """Hold the run for this process. Raises RunInUse if another process has it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+") as file:
             try:
@@ -135,7 +135,7 @@ class RunFolder:
             except OSError as error:
                 file.seek(0)
                 owner = file.read().strip() or "another process"
-                raise RunError(
+                raise RunInUse(
                     f"expected the run folder {self.path} to be free, found it in use by {owner}; "
                     "wait for it, stop it, or give this run another name"
                 ) from error

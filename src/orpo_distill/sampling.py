@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,58 +22,67 @@ from orpo_distill.records import FinishReason, JsonlAppender, Message, Trace, at
 from orpo_distill.samplers import Completion, Decoding, Request, Sampler
 
 Key = tuple[str, int, str]  # problem id, sample index, prompt id
+Usable = Callable[[Trace], bool]
+"""Whether a trace is of use. Asked of every trace as it arrives, so it must be quick."""
+
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    """Who writes the texts, and how; `policy` is the name that their traces carry."""
+
+    sampler: Sampler
+    model: str
+    decoding: Decoding
+    policy: str
 
 
 def sample_traces(
-    sampler: Sampler,
-    model: str,
+    author: Author,
     requests: Sequence[Request],
-    decoding: Decoding,
-    policy: str,
     out: Path,
     shard: tuple[int, int] | None = None,
+    usable: Usable | None = None,
 ) -> int:
     """Have a trace for every request in `out/traces.jsonl`, in their order; returns how many had to be sampled.
 
     With `shard` = (i, n) only every n-th problem, starting with the i-th, is sampled, into a partial file that a later
-    call without `shard` takes in. Raises what `sample_missing` raises.
+    call without `shard` takes in. The rest is as in `sample_missing`.
     """
     mine = requests if shard is None else share(requests, *shard)
-    sampled = sample_missing(sampler, model, mine, decoding, policy, out, shard)
+    sampled = sample_missing(author, mine, out, shard, usable)
     if shard is None:
         finish_traces(requests, out)
     return sampled
 
 
 def sample_missing(
-    sampler: Sampler,
-    model: str,
+    author: Author,
     requests: Sequence[Request],
-    decoding: Decoding,
-    policy: str,
     out: Path,
     shard: tuple[int, int] | None = None,
+    usable: Usable | None = None,
 ) -> int:
     """Have a trace for every request in one of the files of `out`; returns how many had to be sampled.
 
     Traces that stand in `out` are kept (failed ones only if the sampler's failures do not heal), and the engine is
-    opened only if one is missing. With `shard` what is new goes to that process's own partial file. Raises what the
-    sampler raises; RunError if it leaves a request without an answer.
+    opened only if one is missing. With `shard` what is new goes to that process's own partial file. With `usable` the
+    progress line has the yield of what is new. Raises what the sampler raises; RunError if it leaves a request without
+    an answer.
     """
-    standing = Standing(out)
+    standing, sampler, policy = Standing(out), author.sampler, author.policy
     missing = [request for request in requests if standing.lacks(_key(request), failed=sampler.heals)]
     if missing:
         partial = out / ("traces.partial.jsonl" if shard is None else f"traces.partial-{shard[0]}.jsonl")
         label = f"sample {policy}" if shard is None else f"sample {policy}, process {shard[0] + 1} of {shard[1]}"
-        done = len(requests) - len(missing)
+        done, found = len(requests) - len(missing), _Yield(usable)
         with (
             blamed(sampler),
             JsonlAppender(partial) as traces,
-            sampler.open(model) as generate,
-            progress.progress(label, len(requests), done, getattr(generate, "note", None)) as advance,
+            sampler.open(author.model) as generate,
+            progress.progress(label, len(requests), done, found.note, getattr(generate, "note", None)) as advance,
         ):
             asked = {_key(request) for request in missing}
-            for completion in generate(missing, decoding):
+            for completion in generate(missing, author.decoding):
                 interrupt.check()
                 trace = trace_of(completion, policy)
                 if _key(trace) not in asked:
@@ -81,9 +91,30 @@ def sample_missing(
                     )
                 asked.remove(_key(trace))
                 standing.add(trace, partial, traces.append(trace))
+                found.add(trace)
                 advance(1)
     _check([_key(request) for request in requests], standing, policy)
     return len(missing)
+
+
+class _Yield:
+    """Counts the traces that are of use."""
+
+    def __init__(self, usable: Usable | None) -> None:
+        self._usable = usable
+        self._count = self._total = 0
+
+    def add(self, trace: Trace) -> None:
+        """Count a trace that has arrived."""
+        if self._usable is not None:
+            self._total += 1
+            self._count += self._usable(trace)
+
+    def note(self) -> str:
+        """In words; "" where nothing was counted."""
+        if not self._total:
+            return ""
+        return f"yield {self._count / self._total:.0%} ({self._count} of {self._total} usable)"
 
 
 def finish_traces(requests: Sequence[Request], out: Path) -> None:

@@ -9,8 +9,7 @@ from fractions import Fraction
 from math import sqrt
 from statistics import NormalDist, mean, stdev
 
-ENOUGH_SEEDS = 5  # to resample them
-RESAMPLES = 10_000
+ENOUGH_SEEDS = 5  # to tell their part of the variance from the problems'
 ROUNDING = 1e-12  # sums of floats that differ by less than this share of the largest one are equal
 
 
@@ -86,59 +85,65 @@ def paired_difference(
 def estimate(scores: Sequence[Sequence[float]]) -> Estimate:
     """The mean of `scores` (seeds, problems), and how sure it is. Each is a paired difference of one seed and problem.
 
-    Problems and seeds are crossed, since every seed's student answers the same problems: from 5 seeds on both are
-    resampled (`crossed_bootstrap`). With 2 to 4 it is a t-interval of the seeds' means, which says how other seeds
-    would do on these problems, and is weak. With one seed problems alone are resampled: it says nothing of seeds.
-    Raises ValueError for no scores.
+    Problems and seeds are crossed, since every seed's student answers the same problems: from 5 seeds on both count
+    (`crossed`). With 2 to 4 it is a t-interval of the seeds' means, which says how other seeds would do on these
+    problems, and is weak. With one seed it is one over problems, and says nothing of seeds. Raises ValueError for no
+    scores.
     """
     if not scores or not scores[0] or any(len(row) != len(scores[0]) for row in scores):
         raise ValueError("expected the same number of scores, at least one, for at least one seed")
-    if 2 <= len(scores) < ENOUGH_SEEDS:
-        return over_seeds([mean(row) for row in scores])
-    return crossed_bootstrap(scores)
+    if len(scores) == 1:
+        return over(scores[0], "problems")
+    if len(scores) < ENOUGH_SEEDS or len(scores[0]) == 1:
+        return over([mean(row) for row in scores], "seeds")
+    return crossed(scores)
 
 
-def over_seeds(differences: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """The t-interval and one-sample t-test of paired differences, one a seed (Student 1908). Raises ValueError below 2.
+def over(values: Sequence[float], what: str, confidence: float = 0.95) -> Estimate:
+    """The t-interval and one-sample t-test of values, one for each of `what` (Student 1908). Always weak.
 
-    Where all are equal there is no spread to measure with: no interval and no p-value.
+    Where there is one value, or all are equal, there is no spread to measure with: no interval and no p-value.
     """
-    from scipy.stats import t
-
-    count = len(differences)
-    if count < 2:
-        raise ValueError(f"expected differences of at least 2 seeds, found {count}")
-    centre, error = mean(differences), stdev(differences) / sqrt(count)
-    if error <= ROUNDING * max(map(abs, differences)):
-        return Estimate(centre, None, None, None, f"t over {count} seeds", True)
-    half = float(t.ppf((1 + confidence) / 2, count - 1)) * error
-    p = 2 * float(t.sf(abs(centre) / error, count - 1))
-    return Estimate(centre, centre - half, centre + half, p, f"t over {count} seeds", True)
+    count = len(values)
+    error = stdev(values) / sqrt(count) if count > 1 else 0.0
+    spread = error if error > ROUNDING * max(map(abs, values)) else 0.0
+    return _by_t(mean(values), spread, count - 1, confidence, f"t over {count} {what}", True)
 
 
-def crossed_bootstrap(scores: Sequence[Sequence[float]], confidence: float = 0.95, seed: int = 0) -> Estimate:
-    """The percentile interval of the mean of `scores` (seeds, problems), resampling seeds and problems independently.
+def crossed(scores: Sequence[Sequence[float]], confidence: float = 0.95) -> Estimate:
+    """The t-interval and test of the mean of `scores`, at least 2 seeds by 2 problems, where both are random.
 
-    Owen 2007 (Annals of Applied Statistics 1:386), the pigeonhole bootstrap: for data that are crossed it is slightly
-    conservative. p is twice the smaller share of resampled means on one side of 0, at least 2 / resamples. A single
-    seed is not resampled.
+    With the mean squares A of seeds, B of problems and E of the rest of a two-way table, S by N, the variance of the
+    mean is (A + B - E) / (S N), and at least A / (S N) and B / (S N), since no part is negative (Cornfield and Tukey
+    1956, Annals of Mathematical Statistics 27:907). Few seeds estimate their part badly: t has as many degrees of
+    freedom as that leaves (Satterthwaite 1946, Biometrics Bulletin 2:110), S - 1 where seeds are all the variance.
     """
     import numpy
 
     table = numpy.asarray(scores, dtype=float)  # (S, N)
     seeds, problems = table.shape
-    coin = numpy.random.default_rng(seed)
-    means = numpy.empty(RESAMPLES)
-    for start in range(0, RESAMPLES, 500):  # bounded memory
-        drawn = coin.multinomial(problems, numpy.full(problems, 1 / problems), 500) / problems  # (500, N)
-        weights = coin.multinomial(seeds, numpy.full(seeds, 1 / seeds), 500) / seeds  # (500, S)
-        means[start : start + 500] = ((drawn @ table.T) * weights).sum(1)
-    low, high = numpy.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    nothing = ROUNDING * abs(table).max()
-    tail = min((means <= nothing).mean(), (means >= -nothing).mean())
-    p = min(1.0, 2 * max(float(tail), 1 / RESAMPLES))
-    how = f"bootstrap of {seeds} seeds x {problems} problems" if seeds > 1 else f"bootstrap of {problems} problems"
-    return Estimate(float(table.mean()), float(low), float(high), p, how, seeds < ENOUGH_SEEDS)
+    centre = float(table.mean())
+    by_seed, by_problem = table.mean(1, keepdims=True), table.mean(0, keepdims=True)
+    rest = table - by_seed - by_problem + centre
+    degrees = seeds - 1, problems - 1, (seeds - 1) * (problems - 1)
+    squares = problems * (by_seed - centre) ** 2, seeds * (by_problem - centre) ** 2, rest**2
+    a, b, e = (float(each.sum()) / free for each, free in zip(squares, degrees, strict=True))
+    variance = max(a, b, a + b - e)
+    error = sqrt(variance / table.size)
+    spread = error if error > ROUNDING * abs(table).max() else 0.0
+    left = variance**2 / sum(each**2 / free for each, free in zip((a, b, e), degrees, strict=True)) if spread else 1.0
+    how = f"t over {seeds} seeds x {problems} problems, crossed"
+    return _by_t(centre, spread, left, confidence, how, seeds < ENOUGH_SEEDS)
+
+
+def _by_t(centre: float, error: float, degrees: float, confidence: float, how: str, weak: bool) -> Estimate:
+    """By Student's distribution; no interval and no p-value for an error of 0."""
+    from scipy.stats import t
+
+    if not error:
+        return Estimate(centre, None, None, None, how, weak)
+    half = float(t.ppf((1 + confidence) / 2, degrees)) * error
+    return Estimate(centre, centre - half, centre + half, 2 * float(t.sf(abs(centre) / error, degrees)), how, weak)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -178,7 +183,7 @@ def smallest_difference(n: int, discordance: float, alpha: float = 0.05, power: 
 def slope_weights(values: Sequence[float]) -> list[Fraction]:
     """What the least-squares slope of y on `values` weighs each y with: (v - mean) / sum of squares of that.
 
-    Exact, so that they sum to 0: where nothing differs the slope is 0, not a last bit that all resamples agree on.
+    Exact, so that they sum to 0: where nothing differs the slope is 0, not a last bit that all problems agree on.
     Raises ValueError unless two values differ.
     """
     exact = [Fraction(value) for value in values]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from orpo_distill.compare.cells import Asked, Design, design_of
+from orpo_distill.compare.cells import Design, Wanted, design_of
 from orpo_distill.errors import ConfigError
 from tests.compare.test_methods import config
 
 
 def designed(*sweeps: str) -> Design:
-    return design_of([config(rounds=1)], Asked("orpo-off", sweeps))
+    return design_of([config(rounds=1)], Wanted("orpo-off", sweeps))
 
 
 def test_every_run_has_a_name_of_its_own() -> None:
@@ -52,15 +52,15 @@ def test_a_setting_is_swept_once() -> None:
 @pytest.mark.parametrize("name", ["shared", "..", "a/b", "-x", "é"])
 def test_a_comparison_has_a_plain_folder(name: str) -> None:
     with pytest.raises(ConfigError, match="--name"):
-        design_of([config()], Asked("orpo-off", name=name))
+        design_of([config()], Wanted("orpo-off", name=name))
 
 
 def test_a_budget_holds_for_the_whole_comparison() -> None:
     """Runs would each have an account of their own, and each could spend all of it."""
     api = {"type": "openai", "base_url": "http://localhost/v1"}
-    design = design_of([config(teacher={"model": "big", "sampler": api})], Asked("orpo-off,orpo-on"))
+    design = design_of([config(teacher={"model": "big", "sampler": api})], Wanted("orpo-off,orpo-on"))
     block = design.blocks[0]
     runs = [design.trained(block, method, seed, 1e-3, "epochs") for method in design.methods for seed in (0, 1)]
     assert {run.config.teacher.sampler.account for run in runs} == {"demo-compare"}
-    named = design_of([config(teacher={"model": "big", "sampler": {**api, "account": "mine"}})], Asked("orpo-off"))
+    named = design_of([config(teacher={"model": "big", "sampler": {**api, "account": "mine"}})], Wanted("orpo-off"))
     assert named.trained(named.blocks[0], "orpo-off", 0, 1e-3, "epochs").config.teacher.sampler.account == "mine"

@@ -70,6 +70,13 @@ def test_relatives_take_the_rows_of_orpo_off_after_a_warm_up() -> None:
     assert not set(RELATIVES) & set(DEFAULT)
 
 
+def test_expo_is_mixed_moved_on() -> None:
+    expo, mixed = (configured(config(), name) for name in ("orpo-expo", "orpo-mixed"))
+    assert expo.extrapolate is not None and expo.model_copy(update={"extrapolate": None}) == mixed
+    own = config(extrapolate={"alpha": [0.2]}, pairs={"phi": 0})
+    assert configured(own, "orpo-expo") == configured(own, "orpo-mixed")
+
+
 def test_options_of_one_name_and_two_meanings_are_not_taken_over() -> None:
     """A beta of DPO is no beta of SPPO, nor its reference; how likelihood is measured is the same for both."""
     base = config(objective={"type": "dpo", "beta": 0.3, "nll_on": "full", "nll_weight": 0.2})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -10,6 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from orpo_distill.compare.cells import Wanted, design_of
+from orpo_distill.compare.running import compare
+from orpo_distill.errors import RunError
+from orpo_distill.loading import load_config
+from orpo_distill.runs import RunFolder
 from tests.test_end_to_end import COMMAND, cli, experiment, write_lines
 
 METHODS = "zero-shot,single-cot,orpo-zero,orpo-off,orpo-mixed"
@@ -135,6 +141,33 @@ def test_what_the_data_cannot_give_is_left_out_with_its_reason(tmp_path: Path) -
     assert any("orpo-teacher-negatives" in note and "expected a wrong" in note for note in content["notes"])
 
 
+def test_a_run_in_use_is_left_out_and_the_others_go_on(tmp_path: Path) -> None:
+    """Nor is anything made that follows from all runs of its seed; free again, it comes to what it would have."""
+    design = design_of(
+        [load_config(experiment(tmp_path))], Wanted("orpo-off,orpo-mixed", seeds=1, learning_rates="1e-3")
+    )
+    with RunFolder(design.folder / "orpo-mixed-epochs-s0").lock():
+        with pytest.raises(RunError, match=r"to be free, found others at work in orpo-mixed-epochs-s0; wait"):
+            compare(design)
+        content = json.loads((design.folder / "compare.json").read_bytes())
+    assert [cell["method"] for cell in content["cells"]] == ["zero-shot", "orpo-off"]
+    assert any(note.startswith("orpo-mixed-epochs-s0 could not be run") for note in content["notes"])
+    compare(design)
+    content = json.loads((design.folder / "compare.json").read_bytes())
+    assert len(content["cells"]) == 1 + 2 * 2
+
+
+def test_learning_rates_are_compared_when_all_are_there(tmp_path: Path) -> None:
+    path = experiment(tmp_path, rounds=1)
+    design = design_of([load_config(path)], Wanted("orpo-off", seeds=1, learning_rates="1e-3,2e-3", budgets="epochs"))
+    with (
+        RunFolder(design.folder / "search-orpo-off-lr0.001-s0").lock(),
+        pytest.raises(RunError, match=r"others at work in search-orpo-off-lr0\.001-s0"),
+    ):
+        compare(design)
+    assert not list(design.folder.glob("orpo-off-*"))
+
+
 def test_the_plan_says_what_is_shared(tmp_path: Path) -> None:
     done = cli("compare", experiment(tmp_path), *ASKED, "--plan")
     assert done.returncode == 0, done.stderr
@@ -173,6 +206,7 @@ def test_matched_negatives_are_as_many_of_one_as_of_the_other(tmp_path: Path) ->
         (("--sweep", "pairs.phii=0,1"), "unknown key; did you mean 'phi'"),
         (("--learning-rates", "fast"), "--learning-rates"),
         (("--budgets", "euros"), "--budgets"),
+        (("--budgets", "tokens", "--sweep", "K=1,2"), "expected epochs in --budgets beside --sweep"),
         (("problems.validation=null",), "expected validation problems"),
         (("problems.validation=dev",), "no split 'dev' in the task"),
         (("--sweep", "train.learning_rate=1e-4,1e-3"), "--learning-rates"),
@@ -210,6 +244,7 @@ def test_test_problems_are_measured_whatever_the_config_says(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "runs" / "demo-compare" / "compare.json").read_bytes())
     assert [(cell["method"], cell["n"]) for cell in content["cells"]] == [("zero-shot", 4)]
+    assert re.search(r"method, no training +mean.*\nzero-shot +\d", done.stdout)
 
 
 def test_a_deletion_that_is_broken_off_leaves_no_part_of_a_checkpoint(tmp_path: Path) -> None:

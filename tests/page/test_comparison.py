@@ -15,7 +15,8 @@ PLACE = {"task": "toy", "student": "tiny", "budget": "epochs"}
 def cell(method: str, seed: int, correct: int) -> dict:
     accuracy = correct / 200
     counts = {"n": 200, "correct": correct, "accuracy": accuracy, "low": accuracy - 0.07, "high": accuracy + 0.07}
-    cost = {"learning_rate": 0.001, "trained_tokens": 1000 * seed, "sampled_tokens": 5000, "seconds": 60.0}
+    tokens = {"trained_tokens": 1000 * seed, "sampled_tokens": 5000, "scored_tokens": 700}
+    cost = {"learning_rate": 0.001, **tokens, "seconds": 60.0}
     rest = {"parsed": 1.0, "truncated": None, "majority": 0.1, "run": f"runs/{method}-{seed}"}
     return {"method": method, "seed": seed, **PLACE, **counts, **cost, **rest}
 
@@ -85,7 +86,7 @@ def test_every_seed_and_the_mean_stand_in_the_table() -> None:
     assert seen.row("orpo-on", "epochs")[3] == "–"
     assert seen.row("orpo-off", "toy, tiny", "0", "80.0%, chosen", "40.0%")
     assert seen.row("pairs.phi")[-1] == "0.004"
-    assert seen.row("orpo-mixed", "toy, tiny, epochs", "2", "0.001", "500", "5,000", "60 s")
+    assert seen.row("orpo-mixed", "toy, tiny, epochs", "2", "0.001", "500", "5,000", "700", "60 s")
 
 
 def test_only_what_the_corrected_test_carries_is_called_a_difference() -> None:

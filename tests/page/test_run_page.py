@@ -70,6 +70,32 @@ def test_the_headline_and_the_table_are_paired_with_the_initial_student(seen: Se
     assert seen.row("student-0")[4:8] == ["–", "–", "–", "–"]
 
 
+def test_the_student_of_the_chosen_alpha_is_the_headline(tmp_path: Path) -> None:
+    """It is right on t1 and t2 alone; the warm-up and the last round's student stand beside it."""
+    run = whole_run(tmp_path / "demo")
+    run.evaluated("warmup/evaluate", "warmup", "++----")
+    run.evaluated("extrapolate/0.5/evaluate", "student-2+0.5", "-++---")
+    run.finish("extrapolate/chosen", {"alpha": 0.5})
+    (run.path / "extrapolate/chosen/choice.json").write_text(json.dumps({"alpha": 0.5, "policy": "student-2+0.5"}))
+    seen = Seen(run_page(run.path))
+    assert "student-2+0.5 answers 33.3% of 6 test problems rightly: +16.7 points" in seen.text
+    assert seen.row("student-2+0.5")[1:3] == ["6", "33.3%"] and seen.row("warmup")[2] == "33.3%"
+    chart = next(
+        attrs["aria-label"] for _, attrs in seen.elements if "Accuracy by rounds" in (attrs.get("aria-label") or "")
+    )
+    assert "student-0 16.7%, warmup 33.3%, student-1 50.0%, student-2 66.7%, student-2+0.5 33.3%" in chart
+    assert "as far behind its round" in seen.text
+    assert "This run is not finished" not in seen.text
+
+
+def test_scores_of_whole_texts_are_named(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "demo")
+    run.finish("round-1/reference-scores", {"same_tokens": True})
+    run.finish("round-1/teacher-scores", {"same_tokens": False})
+    run.finish("round-2/teacher-scores", {"same_tokens": None})
+    assert "Scores of whole texts (round-1/teacher-scores): the model" in Seen(run_page(run.path)).text
+
+
 def test_the_funnel_counts_what_is_left_after_each_step(seen: Seen) -> None:
     assert seen.row("problems")[1:] == ["6 (100%)"] * 2
     assert seen.row("with a correct teacher trace")[1:] == ["5 (83%)"] * 2

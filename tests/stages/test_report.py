@@ -66,6 +66,22 @@ def test_the_headline_is_the_last_round_not_the_best(tmp_path: Path) -> None:
     assert "| student-1 | 4 | 75.0% |" in text
 
 
+def test_scores_of_whole_texts_are_named(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    inputs = {
+        "evaluate:student-0": evaluation(run, "baseline", "student-0", "-+"),
+        "evaluate:student-1": evaluation(run, "round-1/evaluate", "student-1", "++"),
+    }
+    for name, same in (("round-1/reference-scores", True), ("round-1/teacher-scores", False)):
+        run.write_asked(name, Asked("m:f", {}, {}))
+        run.write_manifest(name, Manifest(Asked("m:f", {}, {}), "", {"same_tokens": same}))
+        inputs[name] = run.of(name)
+    out = run.of("report")
+    out.mkdir()
+    report(ReportOptions(name="demo", rounds=1), inputs, out)
+    assert "Scores of whole texts (round-1/teacher-scores): the model" in (out / "report.md").read_text()
+
+
 def test_names_cannot_break_tables_and_local_paths_do_not_leak(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     inputs = {

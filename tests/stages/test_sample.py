@@ -33,7 +33,7 @@ class Plain(Task):
         return (Message("user", problem.question),)
 
     def judge(self) -> Verifier:
-        raise NotImplementedError
+        return Verifier.model_validate("exact")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import Literal, get_args
 
+from orpo_distill.additions import CHOSEN
 from orpo_distill.compare.methods import METHODS, Sweep, configured, overlaid, parse_methods, parse_sweep
 from orpo_distill.component import type_name
 from orpo_distill.config import Config
@@ -63,11 +64,6 @@ class Cell:
     until: str  # the stage that it needs
 
     @property
-    def evaluation(self) -> str:
-        """The stage that measured what the cell is about."""
-        return f"round-{self.config.rounds}/evaluate" if self.trains else "baseline"
-
-    @property
     def trains(self) -> bool:
         """Whether anything is trained."""
         return self.seed is not None
@@ -113,7 +109,8 @@ class Design:
         name = f"{SEARCHED}-{method}-lr{rate:g}-s{seed}"
         extra = {"evaluate.test": False}
         config = self._config(block, self._of(block, method), name, self._seeded(block, seed, rate, None) | extra)
-        return Cell(block, method, seed, "epochs", config, f"round-{config.rounds}/evaluate")
+        until = CHOSEN if config.extrapolate else f"round-{config.rounds}/evaluate"
+        return Cell(block, method, seed, "epochs", config, until)
 
     def trained(
         self, block: Block, method: str, seed: int, rate: float, budget: Budget, steps: int | None = None
@@ -166,7 +163,7 @@ def _file_name(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Wanted:
     """A comparison in the words of the command line."""
 
     methods: str
@@ -178,24 +175,29 @@ class Asked:
     name: str | None = None
 
 
-def design_of(configs: Sequence[Config], asked: Asked) -> Design:
+def design_of(configs: Sequence[Config], wanted: Wanted) -> Design:
     """The comparison that was asked for. Raises ConfigError for words that mean nothing, or settings that clash."""
     if not configs:
         raise ConfigError("expected a config to compare methods on, found none; name at least one file")
-    methods = parse_methods(asked.methods, configs)
-    sweeps = _sweeps(asked.sweeps)
+    methods = parse_methods(wanted.methods, configs)
+    sweeps, budgets = _sweeps(wanted.sweeps), _budgets(wanted.budgets)
+    if sweeps and "epochs" not in budgets:
+        raise ConfigError(
+            f"expected epochs in --budgets beside --sweep, which is run with equal epochs, found {wanted.budgets!r}; "
+            "add epochs or leave --sweep out"
+        )
     if not methods and not sweeps:
         raise ConfigError("expected methods or a sweep to compare, found none; see --methods and --sweep")
-    name = _folder_name(asked.name or f"{configs[0].name}-compare")
+    name = _folder_name(wanted.name or f"{configs[0].name}-compare")
     design = Design(
         blocks=_blocks(configs),
         folder=configs[0].runs / name,
         methods=tuple(methods),
         sweeps=sweeps,
-        seeds=asked.seeds,
-        learning_rates=_rates(asked.learning_rates),
-        budgets=_budgets(asked.budgets),
-        vary_traces=asked.vary_traces,
+        seeds=wanted.seeds,
+        learning_rates=_rates(wanted.learning_rates),
+        budgets=budgets,
+        vary_traces=wanted.vary_traces,
     )
     for block in design.blocks:  # every config is made once, so that what is wrong is said now
         for method in design.trained_methods():

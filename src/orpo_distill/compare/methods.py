@@ -70,6 +70,10 @@ METHODS: Mapping[str, Method] = {
         "ORPO with a phi that follows the yield of the latest student's wrong traces (from round 3 on)",
         {**AGAINST_STUDENT, "pairs.phi": "adaptive"},
     ),
+    "orpo-expo": Method(
+        "orpo-mixed, its student moved on along what training changed (ExPO, alpha chosen on validation)",
+        {**AGAINST_STUDENT, "extrapolate": {}},
+    ),
     "dpo": Method(
         "dDPO: DPO on the rows of orpo-off, after an epoch of likelihood that is also its reference",
         {"objective": "dpo", **AFTER_SFT},
@@ -92,7 +96,7 @@ METHODS: Mapping[str, Method] = {
     ),
 }
 RELATIVES = ("dpo", "dpo-nll", "flex-dpo", "mallows-dpo", "sppo", "dadpo")
-EXTRA = ("orpo-student-negatives", "orpo-adaptive", *RELATIVES)  # comes with another; an idea of ours; other methods
+EXTRA = ("orpo-student-negatives", "orpo-adaptive", "orpo-expo", *RELATIVES)  # comes with another; or not the paper's
 DEFAULT = tuple(name for name in METHODS if name not in EXTRA)
 PRIMARY = (
     ("orpo-mixed", "orpo-off"),
@@ -109,6 +113,7 @@ EXPLORATORY = (
     ("orpo-mixed", "diverse-cot"),
     ("orpo-mixed", "zero-shot"),
     ("orpo-adaptive", "orpo-mixed"),
+    ("orpo-expo", "orpo-mixed"),
 )
 PHI_OF_MIXED = 0.5  # where the config has 0 or 1
 
@@ -175,9 +180,10 @@ def configured(config: Config, method: str, sweeps: Sequence[Sweep] = ()) -> Con
             if sweep.method(value) == method:
                 return overlaid(config, {sweep.key: value})
     settings = dict(METHODS[method].settings)
-    if config.warmup is not None:
-        settings.pop("warmup", None)  # the config's own
-    if method == "orpo-mixed" and config.pairs.phi in (0, 1):
+    for section in ("warmup", "extrapolate"):
+        if getattr(config, section) is not None:
+            settings.pop(section, None)  # the config's own
+    if method in ("orpo-mixed", "orpo-expo") and config.pairs.phi in (0, 1):
         settings["pairs.phi"] = PHI_OF_MIXED
     if name := settings.get("objective"):
         settings["objective"] = _objective(config, name)

@@ -16,10 +16,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from orpo_distill.additions import CHOSEN, folder_of
 from orpo_distill.compare.cells import Block, Cell, Design, stages_of
 from orpo_distill.compare.methods import EXPLORATORY, METHODS, PRIMARY, Sweep, most_traces
 from orpo_distill.errors import DataError
-from orpo_distill.records import Answer, Outcome, read_jsonl, write_text
+from orpo_distill.records import Answer, Outcome, Trace, read_jsonl, write_text
 from orpo_distill.runs import Metrics, read_manifest
 from orpo_distill.statistics import (
     Estimate,
@@ -70,15 +71,20 @@ class Result:
         return self.cell.config.run_dir
 
     @cached_property
+    def evaluation(self) -> Path:
+        """The folder with its answers, links followed: the same for cells that are one training."""
+        return evaluation_of(self.cell).resolve()
+
+    @cached_property
     def right(self) -> dict[str, bool]:
         """Problem -> whether its answer on test was right."""
-        answers = read_jsonl(self._folder / self.cell.evaluation / "answers.jsonl", Answer)
+        answers = read_jsonl(self.evaluation / "answers.jsonl", Answer)
         return {answer.problem_id: answer.outcome == Outcome.CORRECT for answer in answers if answer.split == "test"}
 
     def row(self, root: Path) -> Row:
         """As it stands in `compare.json`."""
         cell = self.cell
-        measured = json.loads((self._folder / cell.evaluation / "results.json").read_bytes())
+        measured = json.loads((self.evaluation / "results.json").read_bytes())
         test = next(row for row in measured if row["split"] == "test")
         keys = ("n", "correct", "accuracy", "low", "high", "parsed", "truncated", "majority")
         return {
@@ -101,24 +107,50 @@ class Result:
         return [str(warning) for warning in json.loads(path.read_bytes())["warnings"]]
 
     def _cost(self) -> Row:
-        """Tokens trained on, tokens sampled to train on, and the seconds of both, as if nothing had been shared."""
+        """Steps, tokens and seconds of the run, as if nothing had been shared; what counts as what: docs/compare.md."""
         if not self.cell.trains:
-            return {"steps": 0, "trained_tokens": 0, "sampled_tokens": 0, "seconds": 0.0}
+            return {"steps": 0, "trained_tokens": 0, "sampled_tokens": 0, "scored_tokens": 0, "seconds": 0.0}
         times = json.loads((self._folder / "times.json").read_bytes())
-        metrics: dict[str, list[Metrics]] = {"sample": [], "train": []}
-        seconds = 0.0
+        trained = training(self.cell).values()
+        sampled, scored, seconds = 0, 0, 0.0
         for stage in stages_of(self.cell):
             kind = stage.work.rpartition(":")[2]
-            if kind in metrics:
-                metrics[kind].append(read_manifest(self._folder / stage.name).metrics)
+            if kind == "sample":
+                sampled += _sampled(self._folder / stage.name, self.cell.config.pairs.traces)
+            elif kind == "score":
+                scored += read_manifest(self._folder / stage.name).metrics["tokens"]
             if kind not in ("problems", "evaluate", "report", "mechanisms"):
                 seconds += times.get(stage.name, 0.0)
         return {
-            "steps": sum(each["steps"] for each in metrics["train"]),
-            "trained_tokens": sum(each["tokens"] for each in metrics["train"]),
-            "sampled_tokens": sum(each["completion_tokens"] for each in metrics["sample"]),
+            "steps": sum(each["steps"] for each in trained),
+            "trained_tokens": sum(each["tokens"] for each in trained),
+            "sampled_tokens": sampled,
+            "scored_tokens": scored,
             "seconds": round(seconds, 1),
         }
+
+
+def evaluation_of(cell: Cell) -> Path:
+    """The folder of the evaluation that a finished cell is about; with `extrapolate` that of the alpha it chose."""
+    folder, config = cell.config.run_dir, cell.config
+    if not cell.trains:
+        return folder / "baseline"
+    alpha = read_manifest(folder / CHOSEN).metrics["alpha"] if config.extrapolate else 0.0
+    return folder / folder_of(config, alpha) / "evaluate"
+
+
+def training(cell: Cell) -> dict[str, Metrics]:
+    """What each train stage of a finished cell counted: the warm-up's, if there is one, and every round's."""
+    stages = [stage.name for stage in stages_of(cell) if stage.work.endswith(":train")]
+    return {name: read_manifest(cell.config.run_dir / name).metrics for name in stages}
+
+
+def _sampled(stage: Path, most: int | None) -> int:
+    """Tokens of a stage's texts; with `most` of the first so many a problem, which are all that pairs are made of."""
+    if most is None:
+        return int(read_manifest(stage).metrics["completion_tokens"])
+    traces = read_jsonl(stage / "traces.jsonl", Trace)
+    return sum(trace.completion_tokens or 0 for trace in traces if trace.sample_index < most)
 
 
 def write_comparison(
@@ -169,7 +201,10 @@ def _notes(design: Design, impossible: Mapping[str, str]) -> Iterator[str]:
         )
     if trained and "tokens" in design.budgets:
         whose = "orpo-off" if "orpo-off" in trained else "the method that trains on most"
-        yield f"Equal tokens: response tokens scored in training, within 5% or a step of what {whose} has in epochs."
+        yield (
+            f"Equal tokens: response tokens trained on, warm-up included, within 5% or a step a round of what {whose} "
+            "has in epochs."
+        )
     if "diverse-cot" not in design.methods and any(most_traces(block.config) == 1 for block in design.blocks):
         yield "diverse-cot is left out: the teacher has one trace a problem, so it is single-cot."
     runs: dict[str, list[str]] = {}
@@ -191,7 +226,10 @@ def _edges(design: Design, searches: Sequence[Search]) -> Iterator[str]:
 
 
 def _contrasts(design: Design, results: Sequence[Result]) -> list[Row]:
-    """Every contrast of every block and budget, the primary ones corrected together."""
+    """Every contrast of every block and budget, the primary ones corrected together.
+
+    One whose cells are the same trainings under both budgets stands under each, and is one test.
+    """
     found = []
     for block in design.blocks:
         for budget in design.budgets:
@@ -202,11 +240,12 @@ def _contrasts(design: Design, results: Sequence[Result]) -> list[Row]:
                     for a, b in pairs
                     if (row := _contrast(a, b, here)) is not None
                 ]
-    primary = [row for row in found if row["family"] == "primary"]
-    for row, p in zip(primary, holm([1.0 if row["p"] is None else row["p"] for row in primary]), strict=True):
-        row["p_holm"] = p
+    tests = {row["test"]: 1.0 if row["p"] is None else row["p"] for row in found if row["family"] == "primary"}
+    corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
     for row in found:
-        level = ALPHA / len(primary) if row["family"] == "primary" else ALPHA
+        is_primary, test = row["family"] == "primary", row.pop("test")
+        row["p_holm"] = corrected[test] if is_primary else None
+        level = ALPHA / len(tests) if is_primary else ALPHA
         row["smallest"] = smallest_difference(row["n"], row.pop("discordance"), level)
     return found
 
@@ -247,7 +286,8 @@ def _contrast(a: str, b: str, results: Sequence[Result]) -> Row | None:
     else:
         row |= _judged(judged)
     discordance = mean((each["only_a"] + each["only_b"]) / each["n"] for each in rows)
-    return {**row, "p_holm": None, "discordance": discordance}
+    test = tuple((one.evaluation, other.evaluation) for _, one, other in paired)
+    return {**row, "discordance": discordance, "test": test}
 
 
 def _judged(judged: Estimate) -> Row:

@@ -16,20 +16,21 @@ from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 from orpo_distill.compare.cells import Block, Cell, Design
-from orpo_distill.compare.results import Result, Search, write_comparison
+from orpo_distill.compare.results import Result, Search, evaluation_of, training, write_comparison
 from orpo_distill.compare.tables import render_markdown
 from orpo_distill.config import Config
-from orpo_distill.errors import ConfigError, DataError, Interrupted, RunError
+from orpo_distill.errors import ConfigError, DataError, Interrupted, RunError, RunInUse
 from orpo_distill.experiment import run
 from orpo_distill.interrupt import signals_raise
 from orpo_distill.launch import device_environment, die_with
 from orpo_distill.page import comparison_page
 from orpo_distill.progress import say
 from orpo_distill.records import write_text
-from orpo_distill.runs import SHARED, RunFolder, disk_errors_explained, read_manifest
+from orpo_distill.runs import SHARED, RunFolder, disk_errors_explained
 
 REFERENCE = "orpo-off"  # equal tokens are its tokens; without it those of the method that trains on most
 DELETED = "deleted"  # a checkpoint's name while it is deleted
+LeftOut = DataError | RunInUse | None  # why a run was left out; None: it was not
 CLOSE = 0.05  # a method whose tokens are this close to those needs no other run
 
 
@@ -38,7 +39,8 @@ def compare(design: Design, jobs: int = 1, command: str = "") -> Path:
 
     There stand `compare.json`, `compare.md` and `report.html`. Each run is a folder of its own; started again after a
     kill, everything goes on where it was. A method that a data set cannot have (no wrong traces of the teacher, say) is
-    left out with its reason. Raises OrpoDistillError's children for anything else.
+    left out with its reason; so is a run that another process holds, and then RunError is raised at the end. Raises
+    OrpoDistillError's children for anything else.
     """
     folder = RunFolder(design.folder)
     with disk_errors_explained(folder.path), folder.lock():
@@ -51,12 +53,19 @@ def compare(design: Design, jobs: int = 1, command: str = "") -> Path:
         runner(baselines)
         cells = [cell for cell in baselines if not runner.failed(cell)]
         cells += [cell for block in design.blocks for cell in _with_budgets(runner, block, rates)]
+        if cells:
+            left_out = runner.impossible | runner.held
+            content = write_comparison(design, searches, [Result(cell) for cell in cells], left_out, command)
+            write_text(folder.path / "compare.md", render_markdown(content))
+            write_text(folder.path / "report.html", comparison_page(content))
+        if runner.held:
+            raise RunError(
+                f"expected every run in {folder.path} to be free, found others at work in {', '.join(runner.held)}; "
+                "wait for them or stop them and run the same command: compare.md has what could be compared without"
+            )
         if not cells:
             name, reason = next(iter(runner.impossible.items()))
             raise DataError(f"expected a method that the data allows, found none; {name}: {reason}")
-        content = write_comparison(design, searches, [Result(cell) for cell in cells], runner.impossible, command)
-        write_text(folder.path / "compare.md", render_markdown(content))
-        write_text(folder.path / "report.html", comparison_page(content))
     return folder.path
 
 
@@ -84,12 +93,13 @@ def _search(runner: Runner, block: Block) -> list[Search]:
     runner(list(cells.values()))
     found = []
     for method in methods:
+        own = {rate: cells[method, rate] for rate in rates}
         tried = [
             Search(block, method, rate, cell.seed, *_validation(cell))
-            for rate in rates
-            if not runner.failed(cell := cells[method, rate])
+            for rate, cell in own.items()
+            if not runner.failed(cell)
         ]
-        if tried:
+        if tried and not runner.holds_up(own.values()):
             base = block.config.train.learning_rate
             best = max(tried, key=lambda each: (each.correct or 0, -abs(log(each.rate / base)), -each.rate))
             best.chosen = True
@@ -100,7 +110,7 @@ def _search(runner: Runner, block: Block) -> list[Search]:
 
 def _validation(cell: Cell) -> tuple[int, int]:
     """Problems, and how many were right."""
-    rows = json.loads((cell.config.run_dir / cell.evaluation / "results.json").read_bytes())
+    rows = json.loads((evaluation_of(cell) / "results.json").read_bytes())
     row = next(row for row in rows if row["split"] == "validation")
     return row["n"], row["correct"]
 
@@ -116,7 +126,7 @@ def _with_budgets(runner: Runner, block: Block, rates: dict[tuple[str, str], flo
         runner(list(epochs.values()))
         done = {method: cell for method, cell in epochs.items() if not runner.failed(cell)}
         found += list(done.values()) if "epochs" in design.budgets else []
-        if "tokens" in design.budgets and done:
+        if "tokens" in design.budgets and done and not runner.holds_up(epochs.values()):
             tokens = _equal_tokens(design, done, seed)
             runner(tokens)
             found += [cell for cell in tokens if not runner.failed(cell)]
@@ -126,26 +136,28 @@ def _with_budgets(runner: Runner, block: Block, rates: dict[tuple[str, str], flo
 
 def _equal_tokens(design: Design, done: dict[str, Cell], seed: int) -> list[Cell]:
     """The methods (no sweeps) with as many steps a round as bring their trained tokens closest to the reference's."""
-    counts = {method: trained_tokens(cell) for method, cell in done.items()}
-    target = counts[REFERENCE][0] if REFERENCE in counts else max(tokens for tokens, _ in counts.values())
+    counts = {method: _trained(cell) for method, cell in done.items()}
+    totals = {method: warmup + tokens for method, (warmup, tokens, _) in counts.items()}
+    target = totals.get(REFERENCE, max(totals.values()))
     cells = []
     for method, cell in done.items():
         if method in design.swept():
             continue
-        tokens, steps = counts[method]
+        warmup, tokens, steps = counts[method]
         rounds = cell.config.rounds
-        a_round = max(1, round(steps / rounds * target / tokens))
+        a_round = max(1, round(steps / rounds * (target - warmup) / tokens))
         rate = cell.config.train.learning_rate
-        same = a_round * rounds == steps or abs(tokens - target) <= CLOSE * target
+        same = a_round * rounds == steps or abs(totals[method] - target) <= CLOSE * target
         cells.append(design.trained(cell.block, method, seed, rate, "tokens", None if same else a_round))
     return cells
 
 
-def trained_tokens(cell: Cell) -> tuple[int, int]:
-    """Response tokens that a cell's training scored, and its optimizer steps, over all rounds."""
-    folder, rounds = cell.config.run_dir, range(1, cell.config.rounds + 1)
-    metrics = [read_manifest(folder / f"round-{number}" / "train").metrics for number in rounds]
-    return sum(each["tokens"] for each in metrics), sum(each["steps"] for each in metrics)
+def _trained(cell: Cell) -> tuple[int, int, int]:
+    """Tokens that a cell's warm-up trained on, those of all rounds together, and the optimizer steps of the rounds."""
+    rounds = training(cell)
+    warmup = rounds.pop("warmup/train", {"tokens": 0})["tokens"]
+    tokens, steps = (sum(each[key] for each in rounds.values()) for key in ("tokens", "steps"))
+    return warmup, tokens, steps
 
 
 def _free(design: Design) -> None:
@@ -169,11 +181,12 @@ def _delete_whole(checkpoint: Path) -> None:
 
 
 class Runner:
-    """Runs cells, several at a time if asked, and remembers those that the data made impossible."""
+    """Runs cells, several at a time if asked, and remembers those that could not be run."""
 
     def __init__(self, design: Design, jobs: int) -> None:
         self.design = design
-        self.impossible: dict[str, str] = {}  # a run's name -> why
+        self.impossible: dict[str, str] = {}  # a run's name -> why the data does not allow it
+        self.held: dict[str, str] = {}  # a run's name -> who is at work in it
         self._jobs = jobs
 
     def __call__(self, cells: Sequence[Cell]) -> None:
@@ -201,24 +214,28 @@ class Runner:
                 worker.terminate()
 
     def failed(self, cell: Cell) -> bool:
-        """Whether the data made a cell impossible."""
-        return cell.config.name in self.impossible
+        """Whether a cell could not be run."""
+        return cell.config.name in self.impossible | self.held
 
-    def _note(self, cells: Sequence[Cell], found: Iterable[str]) -> None:
-        for number, (cell, reason) in enumerate(zip(cells, found, strict=True), start=1):
+    def holds_up(self, cells: Iterable[Cell]) -> bool:
+        """Whether another process is at work in one of the cells, so that what follows from all of them has to wait."""
+        return any(cell.config.name in self.held for cell in cells)
+
+    def _note(self, cells: Sequence[Cell], found: Iterable[LeftOut]) -> None:
+        for number, (cell, why) in enumerate(zip(cells, found, strict=True), start=1):
             name = cell.config.name
-            if reason:
-                self.impossible[name] = reason
-            say(f"[{number}/{len(cells)}] {name}: {f'left out: {reason}' if reason else 'done'}")
+            if why is not None:
+                (self.held if isinstance(why, RunInUse) else self.impossible)[name] = str(why)
+            say(f"[{number}/{len(cells)}] {name}: {'done' if why is None else f'left out: {why}'}")
 
 
-def _run_cell(config: Config, until: str) -> str:
-    """Bring one run up to date. Returns why the data makes it impossible, or nothing."""
+def _run_cell(config: Config, until: str) -> LeftOut:
+    """Bring one run up to date, or return why it cannot be."""
     try:
         run(config, until)
-    except DataError as error:
-        return str(error)
-    return ""
+    except (DataError, RunInUse) as error:
+        return error
+    return None
 
 
 def _begin_worker(parent: int, shares: SimpleQueue[dict[str, str]]) -> None:
@@ -227,7 +244,7 @@ def _begin_worker(parent: int, shares: SimpleQueue[dict[str, str]]) -> None:
     os.environ.update(shares.get())
 
 
-def _run_quietly(config: Config, until: str) -> str:
+def _run_quietly(config: Config, until: str) -> LeftOut:
     """`_run_cell` in a process of its own, whose messages go into the run's `log.txt`."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with (config.run_dir / "log.txt").open("a", encoding="utf-8") as log, redirect_stderr(log):

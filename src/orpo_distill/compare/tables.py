@@ -86,21 +86,23 @@ def summary(content: Row) -> Iterator[Table]:
 def _tables(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, str], list[Row]]]:
     """The rows of each block and budget; those without a budget stand in every one of their block."""
     blocks = dict.fromkeys(row["block"] for row in rows)
-    budgets = [budget for budget in dict.fromkeys(row["budget"] for row in rows) if budget is not None]
+    budgets = [budget for budget in dict.fromkeys(row["budget"] for row in rows) if budget is not None] or [None]
     for block in blocks:
         for budget in budgets:
             found = [row for row in rows if row["block"] == block and row["budget"] in (budget, None)]
             if found:
-                yield (f", {block}" if block else "", f"equal {budget}"), found
+                yield (f", {block}" if block else "", f"equal {budget}" if budget else "no training"), found
 
 
 def _accuracies(rows: Sequence[Row]) -> Table:
     """A row a method: every seed, their mean, and what it cost."""
-    table: Table = [("method", "mean", "by seed, with 95% interval", "rate", "steps", "trained tokens", "sampled", "s")]
+    counted = ("steps", "trained tokens", "sampled", "scored", "s")
+    table: Table = [("method", "mean", "by seed, with 95% interval", "rate", *counted)]
+    keys = ("steps", "trained_tokens", "sampled_tokens", "scored_tokens", "seconds")
     for method, group in groupby(sorted(rows, key=_in_order(rows)), key=lambda row: str(row["method"])):
         cells = list(group)
         seeds = ", ".join(f"{row['accuracy']:.1%} ({row['low']:.1%} to {row['high']:.1%})" for row in cells)
-        costs = (f"{_mean(cells, key):,.0f}" for key in ("steps", "trained_tokens", "sampled_tokens", "seconds"))
+        costs = (f"{_mean(cells, key):,.0f}" for key in keys)
         rate = cells[0]["learning_rate"]
         table.append((method, f"{_mean(cells, 'accuracy'):.1%}", seeds, "" if rate is None else f"{rate:g}", *costs))
     return table

@@ -359,12 +359,12 @@ def _costs(cells: Sequence[Row]) -> Table:
                 place,
                 count(len(own)),
                 number(_mean(own, "learning_rate")),
-                count(_mean(own, "trained_tokens")),
-                count(_mean(own, "sampled_tokens")),
+                *(count(_mean(own, key)) for key in ("trained_tokens", "sampled_tokens", "scored_tokens")),
                 duration(_mean(own, "seconds")),
             ]
         )
-    columns = ["method", "where", "runs", "learning rate, mean", "trained tokens", "sampled tokens", "time"]
+    tokens = ["trained tokens", "sampled tokens", "scored tokens"]
+    columns = ["method", "where", "runs", "learning rate, mean", *tokens, "time"]
     return Table("Cost, means of a run", columns, rows, "Stages that runs share count in each of them.")
 
 

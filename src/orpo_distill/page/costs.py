@@ -46,14 +46,15 @@ def costs(files: RunFiles, measured: Sequence[Measured]) -> list[Cost]:
 def _order(stage: str) -> tuple[int, int, int]:
     """Where a stage stands in a run."""
     head, _, tail = stage.partition("/")
-    first = ["problems", "teacher", "teacher-verdicts", "student-0", "student-0-verdicts", "baseline"]
+    steps = ["phi", "student", "student-verdicts", "pairs", "reference-scores", "teacher-scores", "train", "evaluate"]
+    step = steps.index(tail) if tail in steps else len(steps)
+    first = ["problems", "teacher", "teacher-verdicts", "student-0", "student-0-verdicts", "baseline", "warmup"]
     if head.startswith("round-") and head[6:].isdecimal():
-        steps = ["student", "student-verdicts", "pairs", "train", "evaluate"]
-        return 1, int(head[6:]), steps.index(tail) if tail in steps else len(steps)
+        return 1, int(head[6:]), step
     if head in first:
-        return 0, first.index(head), 0
-    last = ["teacher-evaluate", "sft", "mechanisms", "report", "student"]
-    return 2, last.index(head) if head in last else len(last), 0 if tail == "train" else 1
+        return 0, first.index(head), step
+    last = ["extrapolate", "teacher-evaluate", "sft", "mechanisms", "report", "student"]
+    return 2, last.index(head) if head in last else len(last), step
 
 
 def _money(config: Row, measured: Measured) -> float | None:

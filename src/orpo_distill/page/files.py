@@ -114,13 +114,31 @@ class RunFiles:
 
     @cached_property
     def evaluations(self) -> dict[str, str]:
-        """policy -> stage of every evaluation that has results: initial student, rounds, sft, teacher."""
-        stages = ["baseline", *(f"round-{number}/evaluate" for number in self.rounds)]
+        """policy -> stage of every evaluation that has results, in the order of the run."""
         found: dict[str, str] = {}
-        for stage in [*stages, "sft/evaluate", "teacher-evaluate"]:
+        for stage, *_ in self._evaluated():
             for row in self.results(stage)[:1]:
                 found.setdefault(str(row.get("policy", stage)), stage)
         return found
+
+    def _evaluated(self) -> list[tuple[str, str, int]]:
+        """Stages that evaluate, each with its policy and the rounds of training that it has had."""
+        last = max([0, *self.rounds])
+        alphas = sorted(folder.parent.name for folder in self.path.glob("extrapolate/*/evaluate"))
+        found = [("baseline", "student-0", 0), ("warmup/evaluate", "warmup", 0)]
+        found += [(f"round-{number}/evaluate", f"student-{number}", number) for number in self.rounds]
+        found += [(f"extrapolate/{alpha}/evaluate", f"student-{last}+{alpha}", last) for alpha in alphas]
+        return [*found, ("sft/evaluate", "sft", last), ("teacher-evaluate", "teacher", 0)]
+
+    @cached_property
+    def final_student(self) -> str | None:
+        """The policy that the run is about: the last round's student, or the one moved on by the chosen alpha.
+
+        None while none was evaluated.
+        """
+        chosen = self.json("extrapolate/chosen/choice.json", {}).get("policy")
+        rounds = {number: policy for policy in self.evaluations if (number := round_of(policy)) is not None}
+        return str(chosen) if chosen else rounds[max(rounds)] if rounds else None
 
     def results(self, stage: str) -> list[Row]:
         """The rows of an evaluation's `results.json`."""
@@ -140,17 +158,13 @@ class RunFiles:
         """Every stage that has traces, in the order of the run."""
         sampled = [("teacher", "teacher", 0), ("student-0", "student-0", 0)]
         sampled += [(f"round-{number}/student", f"student-{number - 1}", number) for number in self.rounds]
-        evaluated = [("baseline", "student-0", 0)]
-        evaluated += [(f"round-{number}/evaluate", f"student-{number}", number) for number in self.rounds]
-        last = max([0, *self.rounds])
-        evaluated += [("sft/evaluate", "sft", last), ("teacher-evaluate", "teacher", 0)]
         found = [
             Source(stage, policy, number, "sampled", self.path / stage, self.path / f"{stage}-verdicts")
             for stage, policy, number in sampled
         ]
         found += [
             Source(stage, policy, number, "evaluated", self.path / stage, self.path / stage)
-            for stage, policy, number in evaluated
+            for stage, policy, number in self._evaluated()
         ]
         return [source for source in found if any(source.traces.glob("traces*.jsonl"))]
 
@@ -170,7 +184,7 @@ class RunFiles:
         """Stages that have begun and not ended."""
         return sorted(
             str(path.parent.relative_to(self.path))
-            for pattern in ("*/stage.json", "round-*/*/stage.json", "sft/*/stage.json")
+            for pattern in ("*/stage.json", "*/*/stage.json", "extrapolate/*/*/stage.json")
             for path in self.path.glob(pattern)
             if not (path.parent / "manifest.json").exists() and path.parent.name != "report"
         )
@@ -225,3 +239,14 @@ def round_of(policy: str) -> int | None:
     """The rounds of training that a student has had; None for other policies."""
     found = re.fullmatch(r"student-(\d+)", policy)
     return int(found[1]) if found else None
+
+
+def place_of(policy: str) -> float | None:
+    """Where a student stands on its way, in rounds: the warm-up at one half, one moved on by alpha behind its round.
+
+    None for other policies.
+    """
+    if policy == "warmup":
+        return 0.5
+    found = re.fullmatch(r"student-(\d+)(\+\d+(?:\.\d+)?(?:e[-+]?\d+)?)?", policy)
+    return int(found[1]) + float(found[2] or 0) if found else None

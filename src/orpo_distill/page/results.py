@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from orpo_distill.page.blocks import Block, Chart, Section, Table, Text, between, count, p_value, percent, points
 from orpo_distill.page.drawing import DASHES, MARKER_SIZE, MARKERS, WIDE, Drawing, colour, labels, series
-from orpo_distill.page.files import Row, RunFiles, round_of
+from orpo_distill.page.files import Row, RunFiles, place_of, round_of
 from orpo_distill.page.paired import compare
 
 INTERVALS = (
@@ -34,15 +34,19 @@ def comparisons(files: RunFiles) -> list[Row]:
     ]
 
 
-def last_student(results: Sequence[Row]) -> str | None:
-    """The student with the most rounds of training that was evaluated on test."""
-    rounds = [(number, row["policy"]) for row in results if (number := round_of(str(row["policy"]))) is not None]
-    return max(rounds)[1] if rounds else None
+def whole_texts(metrics: Mapping[str, Row]) -> str | None:
+    """Which stages could score whole texts only, by what each stage counted; None where none says so."""
+    stages = [stage for stage, counted in metrics.items() if counted.get("same_tokens") is False]
+    if not stages:
+        return None
+    return (
+        f"Scores of whole texts ({', '.join(stages)}): the model that scored splits texts into other tokens than the "
+        "student, so that only its log-probabilities of whole texts were used, and none of single tokens."
+    )
 
 
-def headline(results: Sequence[Row], paired: Sequence[Row]) -> str:
-    """The run in one sentence: the last student, never the best one."""
-    policy = last_student(results)
+def headline(results: Sequence[Row], paired: Sequence[Row], policy: str | None) -> str:
+    """The run in one sentence: what its final student reached, never the best one."""
     row = next((row for row in results if row["policy"] == policy and row["split"] == "test"), None)
     if row is None:
         return "Nothing was evaluated on test yet."
@@ -60,8 +64,8 @@ def _equals(written: str) -> str:
     return written if written.startswith("<") else f"= {written}"
 
 
-def results_section(results: Sequence[Row], paired: Sequence[Row]) -> Section:
-    """Tables for test and validation, and the chart by round."""
+def results_section(results: Sequence[Row], paired: Sequence[Row], note: str | None) -> Section:
+    """Tables for test and validation, and the chart by round; `note` is what else a reader must know."""
     if not results:
         return Section("results", "Results", [Text("No evaluation has finished yet.", "note")])
     blocks: list[Block] = []
@@ -73,6 +77,8 @@ def results_section(results: Sequence[Row], paired: Sequence[Row]) -> Section:
     blocks.append(
         Text(f"{INTERVALS} One run on one set of sampled traces: what another set would give is not in them.")
     )
+    if note:
+        blocks.append(Text(note, "note"))
     return Section("results", "Results", blocks)
 
 
@@ -113,35 +119,40 @@ def accuracy_chart(key: str, runs: Mapping[str, Sequence[Row]], splits: Sequence
     One run (named "") is drawn with all its splits, several only on test.
     """
     drawing, said = Drawing(key, height=2.9, width=WIDE), []
-    place, most = 0, 0
+    place, most = 0, 0.0
     for name, results in runs.items():
         for split in splits:
-            rows = [row for row in results if row["split"] == split and round_of(str(row["policy"])) is not None]
+            rows = [row for row in results if row["split"] == split and place_of(str(row["policy"])) is not None]
             if not rows:
                 continue
             label = name or split
             _draw_rounds(drawing, rows, place, labels([label])[0])
             listed = ", ".join(f"{row['policy']} {row['accuracy']:.1%}" for row in rows)
             said.append(f"{label}: {listed}")
-            most = max([most, *(round_of(str(row["policy"])) or 0 for row in rows)])
+            most = max([most, *(place_of(str(row["policy"])) or 0 for row in rows)])
             place += 1
     if list(runs) == [""]:
         said += _draw_levels(drawing, runs[""])
     axes = drawing.axes
     axes.set_xlabel("rounds of training")
     axes.set_ylabel("accuracy")
-    axes.set_xticks(range(most + 1))
+    axes.set_xticks(range(int(most) + 1))
     axes.set_xlim(-0.3, most + 0.3)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     drawing.legend()
-    return drawing.chart(
-        "Accuracy by round", f"Accuracy by rounds of training. {'; '.join(said)}.", "Bars: 95% intervals."
-    )
+    note = "Bars: 95% intervals."
+    if any(round_of(policy) is None and place_of(policy) is not None for policy in _policies(runs)):
+        note += " The warm-up stands at one half, a student moved on by alpha as far behind its round."
+    return drawing.chart("Accuracy by round", f"Accuracy by rounds of training. {'; '.join(said)}.", note)
+
+
+def _policies(runs: Mapping[str, Sequence[Row]]) -> set[str]:
+    return {str(row["policy"]) for results in runs.values() for row in results}
 
 
 def _draw_rounds(drawing: Drawing, rows: Sequence[Row], place: int, label: str) -> None:
     shift = 0.05 * ((place + 1) // 2) * (-1 if place % 2 else 1)  # bars of different series side by side
-    xs = [(round_of(str(row["policy"])) or 0) + shift for row in rows]
+    xs = [(place_of(str(row["policy"])) or 0) + shift for row in rows]
     ys = [row["accuracy"] for row in rows]
     below = [max(0.0, y - row["low"]) for y, row in zip(ys, rows, strict=True)]
     above = [max(0.0, row["high"] - y) for y, row in zip(ys, rows, strict=True)]
@@ -162,7 +173,7 @@ def _draw_rounds(drawing: Drawing, rows: Sequence[Row], place: int, label: str) 
 def _draw_levels(drawing: Drawing, results: Sequence[Row]) -> list[str]:
     """Policies without rounds, and the majority answer: level lines on test. What was drawn, in words."""
     rows = [row for row in results if row["split"] == "test"]
-    levels = [(str(row["policy"]), row["accuracy"]) for row in rows if round_of(str(row["policy"])) is None]
+    levels = [(str(row["policy"]), row["accuracy"]) for row in rows if place_of(str(row["policy"])) is None]
     if rows and rows[0].get("majority") is not None:
         levels.append(("most common answer", rows[0]["majority"]))
     for place, (name, value) in enumerate(levels):

@@ -11,11 +11,11 @@ from orpo_distill.errors import DataError
 from orpo_distill.page.blocks import Section, Table, number, plain
 from orpo_distill.page.browser import MOST_TRACES, embedded
 from orpo_distill.page.costs import cost_section
-from orpo_distill.page.files import RunFiles
+from orpo_distill.page.files import Row, RunFiles
 from orpo_distill.page.health import health_section
 from orpo_distill.page.measures import measure, pairings
 from orpo_distill.page.rendering import Page, render
-from orpo_distill.page.results import all_results, comparisons, headline, results_section
+from orpo_distill.page.results import all_results, comparisons, headline, results_section, whole_texts
 from orpo_distill.page.settings import settings_section
 from orpo_distill.page.yields import lengths_section, outcomes_section, yield_section
 
@@ -34,7 +34,7 @@ def run_page(path: Path, missing: Sequence[str] = (), traces: int = MOST_TRACES)
     rounds = pairings(files, teacher)
     browser = embedded(files, measured, traces)
     sections = [
-        results_section(results, paired),
+        results_section(results, paired, whole_texts(_scores(files))),
         health_section(files),
         yield_section(rounds),
         outcomes_section(measured),
@@ -46,7 +46,7 @@ def run_page(path: Path, missing: Sequence[str] = (), traces: int = MOST_TRACES)
     ]
     page = Page(
         title=files.name,
-        headline=headline(results, paired),
+        headline=headline(results, paired, files.final_student),
         facts=facts(files.config),
         sections=[section for section in sections if section],
         version=metadata.version("orpo-distill"),
@@ -54,6 +54,12 @@ def run_page(path: Path, missing: Sequence[str] = (), traces: int = MOST_TRACES)
         data=browser.data if browser else "",
     )
     return render(page)
+
+
+def _scores(files: RunFiles) -> dict[str, Row]:
+    """What the stages counted that score given texts."""
+    stages = [f"round-{number}/{name}-scores" for number in files.rounds for name in ("reference", "teacher")]
+    return {stage: files.metrics(stage) for stage in stages}
 
 
 def facts(config: dict[str, Any]) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ from orpo_distill.page.files import Row, RunFiles
 from orpo_distill.page.measures import measure
 from orpo_distill.page.paired import compare
 from orpo_distill.page.rendering import Page, render
-from orpo_distill.page.results import accuracy_chart, all_results, last_student
+from orpo_distill.page.results import accuracy_chart, all_results
 from orpo_distill.page.settings import command, shown
 from orpo_distill.runs import flatten
 
@@ -39,13 +39,12 @@ class _Run:
 
     @property
     def last(self) -> str | None:
-        """The stage that evaluated the last student."""
-        policy = last_student(self.results)
-        return self.files.evaluations.get(policy) if policy else None
+        """The stage that evaluated the final student."""
+        return self.files.evaluations.get(self.files.final_student or "")
 
 
 def runs_page(paths: Sequence[Path]) -> str:
-    """Several run folders on one page: results, paired comparison of their last students, costs, settings that differ.
+    """Several run folders on one page: results, paired comparison of their final students, costs, settings that differ.
 
     The first run is the one that the others are compared with. Raises what `run_page` raises.
     """
@@ -111,9 +110,9 @@ def _compared(runs: Sequence[_Run]) -> Section:
                     p_value(row["p"]),
                 ]
             )
-    columns = ["last student of", "split", "n", "difference, points", "95% interval", "only it / only the first"]
+    columns = ["final student of", "split", "n", "difference, points", "95% interval", "only it / only the first"]
     note = (
-        f"Against the last student of {first.name}, on the problems that both answered: Newcombe's interval, exact "
+        f"Against the final student of {first.name}, on the problems that both answered: Newcombe's interval, exact "
         "McNemar test, not corrected for the number of rows."
     )
     if apart:

@@ -7,6 +7,7 @@ from statistics import fmean
 
 from orpo_distill.page.blocks import Block, Chart, Charts, Section, Table, Text, count, number, percent
 from orpo_distill.page.drawing import MARKER_SIZE, MARKERS, Drawing, colour, labels, series
+from orpo_distill.page.files import round_of
 from orpo_distill.page.measures import OUTCOMES, UNJUDGED, Lengths, Measured, Paired, mean, quantile
 
 MOST_BARS = 3  # rounds that the funnel chart shows: the first, and the last ones
@@ -196,9 +197,7 @@ def outcome_colour(name: str) -> str:
 def _rates_chart(measured: Sequence[Measured]) -> Chart:
     """Parse and truncation rates of evaluated students by round."""
     drawing = Drawing("rates", height=2.5)
-    rounds = [
-        each for each in measured if each.source.kind == "evaluated" and each.source.policy.startswith("student-")
-    ]
+    rounds = [each for each in measured if each.source.kind == "evaluated" and round_of(each.source.policy) is not None]
     rounds = rounds or list(measured)
     xs = [each.source.round for each in rounds]
     said = []
@@ -228,7 +227,7 @@ def lengths_section(measured: Sequence[Measured], pairings: Sequence[Paired]) ->
             rows.append([f"rejected in pairs of round {each.round}", *_spread(each.rejected)])
     columns = ["texts", "words, mean", "10% below", "median", "90% below", "tokens, mean"]
     note = "Tokens are those of the model that wrote the text, so teacher and student do not compare in them."
-    students = [each for each in shown if each.source.policy.startswith("student-")]
+    students = [each for each in shown if round_of(each.source.policy) is not None]
     blocks: list[Block] = []
     if students:
         blocks.append(Charts([_lengths_chart(students), *([_sides_chart(pairings)] if pairings else [])]))
@@ -263,7 +262,7 @@ def _lengths_chart(students: Sequence[Measured]) -> Chart:
         rows = [each for each in students if each.source.kind == kind]
         if not rows:
             continue
-        xs = [int(each.source.policy.removeprefix("student-")) + 0.06 * (2 * place - 1) for each in rows]
+        xs = [(round_of(each.source.policy) or 0) + 0.06 * (2 * place - 1) for each in rows]
         ys = [mean(each.lengths.words) or 0.0 for each in rows]
         low = [max(0.0, y - (quantile(each.lengths.words, 0.1) or 0)) for y, each in zip(ys, rows, strict=True)]
         high = [max(0.0, (quantile(each.lengths.words, 0.9) or 0) - y) for y, each in zip(ys, rows, strict=True)]
@@ -279,7 +278,7 @@ def _lengths_chart(students: Sequence[Measured]) -> Chart:
             label=name,
         )
         said.append(f"{name}: " + ", ".join(f"{y:.0f}" for y in ys))
-    drawing.axes.set_xticks(range(max(int(each.source.policy.removeprefix("student-")) for each in students) + 1))
+    drawing.axes.set_xticks(range(max(round_of(each.source.policy) or 0 for each in students) + 1))
     drawing.from_zero()
     drawing.axes.set_xlabel("rounds of training")
     drawing.axes.set_ylabel("words")

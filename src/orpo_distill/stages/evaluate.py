@@ -30,7 +30,7 @@ from orpo_distill.records import (
     write_text,
 )
 from orpo_distill.samplers import Decoding, Request, Sampler
-from orpo_distill.sampling import sample_traces, with_prefix
+from orpo_distill.sampling import Author, sample_traces, with_prefix
 from orpo_distill.statistics import majority_rate, wilson
 from orpo_distill.tasks import Task, take
 from orpo_distill.verification import verify_all
@@ -76,7 +76,7 @@ def evaluate(options: EvaluateOptions, inputs: Mapping[str, Path], out: Path) ->
         for problem in problems.values()
     ]
     model = options.model or str(inputs["model"] / "model")
-    sample_traces(options.sampler, model, requests, options.decoding, options.policy, out, shard=options.shard)
+    sample_traces(Author(options.sampler, model, options.decoding, options.policy), requests, out, options.shard)
     if options.shard is not None:
         return {}
     traces = list(read_jsonl(out / "traces.jsonl", Trace))

@@ -17,6 +17,7 @@ from orpo_distill.component import Options
 from orpo_distill.errors import OrpoDistillError
 from orpo_distill.page import run_page
 from orpo_distill.page.paired import compare
+from orpo_distill.page.results import whole_texts
 from orpo_distill.progress import say
 from orpo_distill.records import write_text
 from orpo_distill.runs import read_manifest
@@ -78,7 +79,7 @@ def results_table(results: Sequence[Row], split: str = "test") -> list[tuple[str
 
 
 def headline_text(headline: Row) -> str:
-    """The result in one sentence: always the last round's, never the best one's."""
+    """The result in one sentence: always the final student's, never the best one's."""
     return (
         f"{headline['policy']}: {headline['accuracy']:.1%} on {headline['split']}, {headline['difference']:+.1%} "
         f"against the initial student (95% interval {headline['low']:+.1%} to {headline['high']:+.1%}, exact McNemar "
@@ -89,6 +90,8 @@ def headline_text(headline: Row) -> str:
 def render_markdown(content: Row) -> str:
     """`report.md`: the tables of `report.json`."""
     parts = [f"# {content['name']}", "", headline_text(content["headline"]) + ".", ""]
+    if said := whole_texts({key: stage["metrics"] for key, stage in content["stages"].items()}):
+        parts += [said, ""]
     for split in ("test", "validation"):
         table = results_table(content["results"], split)
         if len(table) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +15,19 @@ from orpo_distill.config import VerifySection
 from orpo_distill.diversity import diverse
 from orpo_distill.mixing import Phi, PhiUnit, latest_share, phi_in_force
 from orpo_distill.progress import say
-from orpo_distill.records import FinishReason, Problem, Trace, derive_seed, read_jsonl, write_jsonl
+from orpo_distill.records import FinishReason, Outcome, Problem, Trace, derive_seed, read_jsonl, write_jsonl
 from orpo_distill.samplers import Decoding, Request, Sampler
-from orpo_distill.sampling import finish_traces, sample_missing, sample_traces, standing_traces, with_prefix
+from orpo_distill.sampling import (
+    Author,
+    Usable,
+    finish_traces,
+    sample_missing,
+    sample_traces,
+    standing_traces,
+    with_prefix,
+)
 from orpo_distill.tasks import Task
-from orpo_distill.verification import verify_all
+from orpo_distill.verification import judge, verify_all
 
 NAMED = 10  # unsolved problems that are named on the screen; all stand in unsolved.jsonl
 
@@ -59,26 +68,46 @@ def sample(options: SampleOptions, inputs: Mapping[str, Path], out: Path) -> dic
     """
     problems = list(read_jsonl(inputs["problems"] / "problems.jsonl", Problem))
     model = options.model or str(inputs["model"] / "model")
+    author = Author(options.sampler, model, options.decoding, options.policy)
     if options.stopping is not None:
-        return _in_waves(options, options.stopping, problems, model, out)
+        return _in_waves(options, options.stopping, problems, author, out)
     phi = phi_in_force(options.phi, inputs)
     requests = [request for problem in problems for request in _requests(options, phi, problem)]
-    sample_traces(options.sampler, model, requests, options.decoding, options.policy, out, options.shard)
+    sample_traces(author, requests, out, options.shard, _usable(options, problems))
     return {} if options.shard else _metrics(read_jsonl(out / "traces.jsonl", Trace))
 
 
+def _usable(options: SampleOptions, problems: Sequence[Problem]) -> Usable | None:
+    """Whether a trace can stand in a pair: the teacher's if it is right and whole, a student's if it is wrong.
+
+    None, and no yield while it is sampled, for a verifier that may hang or take its time (`isolated`).
+    """
+    verifier = options.task.judge()
+    if verifier.isolated:
+        return None
+    by_id = {problem.id: problem for problem in problems}
+
+    def usable(trace: Trace) -> bool:
+        verdict = judge(verifier, by_id[trace.problem_id], trace)
+        if options.policy == "teacher":
+            return verdict.correct is True and trace.finish_reason is FinishReason.STOP
+        return verdict.outcome is Outcome.WRONG
+
+    return usable
+
+
 def _in_waves(
-    options: SampleOptions, rule: StopRule, problems: Sequence[Problem], model: str, out: Path
+    options: SampleOptions, rule: StopRule, problems: Sequence[Problem], author: Author, out: Path
 ) -> dict[str, Any]:
     """Sample wave after wave. What a wave holds depends on the texts before it, never on when they arrived."""
     if options.shard is not None:
         problems = problems[options.shard[0] :: options.shard[1]]
     correct: dict[str, list[str]] = {problem.id: [] for problem in problems}
     asked: dict[str, list[Request]] = {problem.id: [] for problem in problems}
-    unfinished = list(problems)
+    unfinished, is_usable = list(problems), _usable(options, problems)
     for number, (indices, decoding) in enumerate(waves(options)):
         wave = [request for problem in unfinished for request in _asking(options, problem, indices)]
-        sample_missing(options.sampler, model, wave, decoding, options.policy, out, options.shard)
+        sample_missing(replace(author, decoding=decoding), wave, out, options.shard, is_usable)
         for request in wave:
             asked[request.problem_id].append(request)
         for problem_id, text in _correct(options, rule, unfinished, standing_traces(wave, out)):
