@@ -8,7 +8,7 @@ disagree on 16% of the problems). One JSON line for each value of `seeds`: the s
 their mean half width, of
 
 - `crossed`: `statistics.crossed`, which `compare` uses;
-- `bootstrap`: percentiles of the mean over resampled seeds and problems (Owen 2007), which it used before;
+- `bootstrap`: percentiles of the mean over resampled seeds and problems, as `statistics.resampled`;
 - `inflated`: 1.96 standard errors of that bootstrap, the seeds' part of the variance times 5 / 4.
 """
 

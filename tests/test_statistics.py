@@ -16,6 +16,7 @@ from orpo_distill.statistics import (
     mcnemar,
     over,
     paired_difference,
+    resampled,
     slope_weights,
     smallest_difference,
     wilson,
@@ -185,6 +186,12 @@ def test_seeds_that_differ_widen_the_interval() -> None:
     one, other = crossed(steady), crossed(moody)
     assert one.mean == pytest.approx(other.mean)
     assert other.high - other.low > 1.3 * (one.high - one.low)
+
+
+def test_resampled_by_hand() -> None:
+    """Seeds that agree, half of 400 problems at 1 and half at -1: the mean's standard error is 1 / 20."""
+    low, high = resampled([[1.0, -1.0] * 200] * 5)
+    assert (low, high) == pytest.approx((-1.96 / 20, 1.96 / 20), abs=0.01)
 
 
 @pytest.mark.parametrize("of_seeds", [0.0, 0.01, 0.02, 0.05])

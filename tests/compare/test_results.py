@@ -110,6 +110,7 @@ def test_five_seeds_are_crossed_with_the_problems(tmp_path: Path) -> None:
     assert not row["weak"]
     assert "5 seeds x 100 problems" in row["interval"]
     assert row["low"] < 0.2 < row["high"]
+    assert row["resampled_low"] < 0.2 < row["resampled_high"]
     assert row["p"] <= 0.001
 
 

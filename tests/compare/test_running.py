@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from orpo_distill.compare.cells import Wanted, design_of
-from orpo_distill.compare.running import compare
+from orpo_distill.compare.running import _end, compare
 from orpo_distill.errors import RunError
 from orpo_distill.loading import load_config
 from orpo_distill.runs import RunFolder
@@ -129,6 +130,13 @@ def test_killed_and_in_two_processes_it_comes_to_the_same(finished: Path, tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert figures(tmp_path) == figures(finished)
+
+
+def test_no_worker_outlives_the_lock() -> None:
+    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    worker.start()
+    _end([worker])
+    assert worker.exitcode == -signal.SIGTERM
 
 
 def test_what_the_data_cannot_give_is_left_out_with_its_reason(tmp_path: Path) -> None:

@@ -23,10 +23,12 @@ from orpo_distill.errors import DataError
 from orpo_distill.records import Answer, Outcome, Trace, read_jsonl, write_text
 from orpo_distill.runs import Metrics, read_manifest
 from orpo_distill.statistics import (
+    ENOUGH_SEEDS,
     Estimate,
     compare_paired,
     estimate,
     holm,
+    resampled,
     slope_weights,
     smallest_difference,
 )
@@ -285,6 +287,8 @@ def _contrast(a: str, b: str, results: Sequence[Result]) -> Row | None:
         row |= {key: rows[0][key] for key in ("low", "high", "p")} | {"interval": how, "weak": True}
     else:
         row |= _judged(judged)
+    if len(rows) >= ENOUGH_SEEDS:
+        row["resampled_low"], row["resampled_high"] = resampled(scores)
     discordance = mean((each["only_a"] + each["only_b"]) / each["n"] for each in rows)
     test = tuple((one.evaluation, other.evaluation) for _, one, other in paired)
     return {**row, "discordance": discordance, "test": test}

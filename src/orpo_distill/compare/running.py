@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
 from math import log
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError, DataError, Interrupted, RunError, RunInUse
 from orpo_distill.experiment import run
 from orpo_distill.interrupt import signals_raise
-from orpo_distill.launch import device_environment, die_with
+from orpo_distill.launch import SECONDS_TO_STOP, device_environment, die_with
 from orpo_distill.page import comparison_page
 from orpo_distill.progress import say
 from orpo_distill.records import write_text
@@ -210,8 +212,7 @@ class Runner:
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                worker.terminate()
+            _end(multiprocessing.active_children())
 
     def failed(self, cell: Cell) -> bool:
         """Whether a cell could not be run."""
@@ -227,6 +228,17 @@ class Runner:
             if why is not None:
                 (self.held if isinstance(why, RunInUse) else self.impossible)[name] = str(why)
             say(f"[{number}/{len(cells)}] {name}: {'done' if why is None else f'left out: {why}'}")
+
+
+def _end(workers: Sequence[BaseProcess]) -> None:
+    """End workers politely, then not: nobody may work in the comparison once its lock is given back."""
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+        worker.kill()
+        worker.join()
 
 
 def _run_cell(config: Config, until: str) -> LeftOut:
