@@ -25,18 +25,24 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A pair in the student's tokens. `rejected` is empty where the objective does not use it."""
+    """A pair in the student's tokens. A side that the objective does not use is empty."""
 
     number: int  # its line in pairs.jsonl, from 1
     pair: Pair
     prompt: Tokens
     chosen: Tokens
     rejected: Tokens
+    rollout: Tokens = ()  # what the student wrote for the pair in this step
+
+    @property
+    def traces(self) -> tuple[Tokens, ...]:
+        """The sides that there are."""
+        return tuple(trace for trace in (self.chosen, self.rejected, self.rollout) if trace)
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt with the longer response."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+        """Tokens of the prompt with the longest response."""
+        return len(self.prompt) + max(map(len, self.traces), default=0)
 
     @property
     def name(self) -> str:

@@ -1,38 +1,64 @@
-"""Log-probabilities of given tokens from hidden states, without the full logits in float32.
+"""What models say of given tokens, from hidden states, without the full logits in float32.
 
 The output layer runs on a few hundred positions at a time. What is kept for the backward pass is its logits in the
-model's own type, or nothing at all where memory is short: then the layer runs again.
+model's own type, or nothing at all where memory is short: then the layer runs again. Where the whole distributions of
+two models are compared nothing is kept.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1 << 24  # logits computed at once
+COMPARED = 1 << 22  # logits of each of two models that are compared at once
 KEPT = 1 << 30  # bytes of logits that are kept for the backward pass of one micro-batch
 ROWS = 64  # positions that are in float32 at once
 
 
-def label_logps(
-    hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None = None, recompute: bool = False
-) -> Tensor:
-    """Log-probability in nats (M,) float32 of each label (M,) given the hidden state (M, H) that predicts it.
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Logits over a vocabulary of V at M positions, made from hidden states when they are asked for."""
 
-    `softcap` c turns logits x into c * tanh(x / c) (Gemma 2, arXiv 2408.00118, section 2). With `recompute`, and for
-    more logits than KEPT, the backward pass computes the logits again.
+    hidden: Tensor  # (M, H); where there is no head, the logits themselves (M, V)
+    head: Any = None  # the output layer
+    softcap: float | None = None  # c turns logits x into c * tanh(x / c) (Gemma 2, arXiv 2408.00118, section 2)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, positions: slice | Tensor) -> Logits:
+        return replace(self, hidden=self.hidden[positions])
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return int(self.hidden.shape[1] if self.head is None else self.head.weight.shape[0])
+
+    def made(self) -> Tensor:
+        """The logits (M, V)."""
+        if self.head is None:
+            return self.hidden
+        logits: Tensor = self.head(self.hidden)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def label_logps(logits: Logits, labels: Tensor, recompute: bool = False) -> Tensor:
+    """Log-probability in nats (M,) float32 of each label (M,).
+
+    With `recompute`, and for more logits than KEPT, the backward pass computes the logits again.
     """
-    weight: Any = head.weight
-    vocabulary = weight.shape[0]
-    step = max(ROWS, CHUNK // vocabulary)
-    recompute = recompute or len(hidden) * vocabulary * hidden.element_size() > KEPT
+    step = max(ROWS, CHUNK // logits.vocabulary)
+    recompute = recompute or len(logits) * logits.vocabulary * logits.hidden.element_size() > KEPT
     found = []
-    for start in range(0, len(hidden), step):
-        part = hidden[start : start + step], head, labels[start : start + step], softcap
+    for start in range(0, len(logits), step):
+        part = logits[start : start + step], labels[start : start + step]
         if recompute and torch.is_grad_enabled():
             found.append(checkpoint(_logps, *part, use_reentrant=False))
         else:
@@ -40,23 +66,98 @@ def label_logps(
     return torch.cat(found)
 
 
-def _logps(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None) -> Tensor:
-    return pick(_capped(head(hidden), softcap), labels)
+def _logps(logits: Logits, labels: Tensor) -> Tensor:
+    return pick(logits.made(), labels)
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def label_scores(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None = None) -> Tensor:
+def label_scores(logits: Logits, labels: Tensor) -> Tensor:
     """What `label_logps` gives and the entropy that `entropies` gives, (2, M) float32. Keeps nothing for gradients."""
-    weight: Any = head.weight
-    step = max(ROWS, CHUNK // weight.shape[0])
+    step = max(ROWS, CHUNK // logits.vocabulary)
     found = []
-    for start in range(0, len(hidden), step):
-        logits = _capped(head(hidden[start : start + step]), softcap)
-        found.append(torch.stack([pick(logits, labels[start : start + step]), entropies(logits)]))
+    for start in range(0, len(logits), step):
+        made = logits[start : start + step].made()
+        found.append(torch.stack([pick(made, labels[start : start + step]), entropies(made)]))
     return torch.cat(found, dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """P spans of text among the M labels of one model."""
+
+    first: Tensor  # (P,) the first label of each
+    later: Tensor  # (Q,) the labels that are not the first of their span
+    owner: Tensor  # (Q,) the span that each of those is part of
+
+    def summed(self, logps: Tensor) -> Tensor:
+        """The sum of logps (M,) over each span's later labels, (P,)."""
+        return logps.new_zeros(len(self.first)).index_add(0, self.owner, logps[self.later])
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """What a student is compared with: a teacher that has read the same P spans, perhaps in other tokens."""
+
+    logits: Logits  # the teacher's, for M' labels of its own; without gradients, on its own device
+    labels: Tensor  # (M',) on the teacher's device, as `theirs`
+    theirs: Spans  # among the teacher's labels
+    ours: Spans  # among the student's
+    trace: Tensor  # (P,) the trace that each span is part of
+    divergence: Callable[[Tensor, Tensor], Tensor]  # `Objective.divergence`
+    vocabulary: int | None = None  # how many entries both models have, where these are the same tokens
+
+
+def compare(logits: Logits, labels: Tensor, against: Against) -> tuple[Tensor, Tensor]:
+    """The student's log-probability of each label, (M,), and three numbers of each span, (3, P). Float32, in nats.
+
+    Of a span: its log-probability under the student, the same under the teacher, and the divergence of the two
+    distributions it was picked from. The backward pass computes everything again, a few positions at a time.
+    """
+    ours, theirs = against.ours, against.theirs
+    logps = _not_first(logits, labels, ours)
+    later = ours.summed(logps)
+    with torch.no_grad(), _outside_autocast(against.labels):
+        read = theirs.summed(_not_first(against.logits, against.labels, theirs)).to(labels.device)
+    step = max(ROWS, COMPARED // max(logits.vocabulary, against.logits.vocabulary))
+    found = []
+    for start in range(0, len(ours.first), step):
+        at = slice(start, start + step)
+        own, other = ours.first[at], theirs.first[at]
+        student = logits[own], labels[own], later[at]
+        teacher = against.logits[other], against.labels[other], read[at]
+        if torch.is_grad_enabled():
+            found.append(checkpoint(_compare, *student, *teacher, against, use_reentrant=False))
+        else:
+            found.append(_compare(*student, *teacher, against))
+    first, read_first, divergence = torch.cat(found, dim=1)
+    logps = logps.index_copy(0, ours.first, first)
+    return logps, torch.stack([first + later, read_first + read, divergence])
+
+
+def _not_first(logits: Logits, labels: Tensor, spans: Spans) -> Tensor:
+    """Log-probability of every label that is not the first of a span; 0 for those that are: (M,) float32."""
+    found = logits.hidden.new_zeros(len(labels), dtype=torch.float32)
+    rest = torch.ones_like(labels, dtype=torch.bool).index_fill(0, spans.first, False).nonzero()[:, 0]
+    return found.index_copy(0, rest, label_logps(logits[rest], labels[rest], True)) if len(rest) else found
+
+
+def _compare(
+    student: Logits, labels: Tensor, later: Tensor, teacher: Logits, read: Tensor, read_later: Tensor, against: Against
+) -> Tensor:
+    """(3, P): log-probability of the spans' first labels under the student, the same under the teacher, divergence."""
+    ours = student.made()[:, : against.vocabulary].float().log_softmax(-1)
+    with torch.no_grad(), _outside_autocast(read):
+        theirs = teacher.made()[:, : against.vocabulary].float().log_softmax(-1).to(ours.device)
+    first = [
+        logps.gather(1, picked.to(ours.device)[:, None])[:, 0] for logps, picked in ((ours, labels), (theirs, read))
+    ]
+    if against.vocabulary is None:  # spans may have later tokens
+        ours, theirs = ours + later[:, None], theirs + read_later[:, None]
+    return torch.stack([*first, against.divergence(ours, theirs)])
+
+
+def _outside_autocast(tensor: Tensor) -> torch.autocast:
+    """The teacher computes in its own number type, whatever the student's training does."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def entropies(logits: Tensor) -> Tensor:

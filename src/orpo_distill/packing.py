@@ -24,13 +24,13 @@ SAME_LENGTH = 0.75  # traces at least this share of the longest are padded to it
 def packed_tokens(rows: Sequence[Row]) -> int:
     """Tokens that the rows take when they are packed: every prompt once and every distinct trace once."""
     prompts = {row.prompt for row in rows}
-    traces = {(row.prompt, trace) for row in rows for trace in (row.chosen, row.rejected)}
+    traces = {(row.prompt, trace) for row in rows for trace in row.traces}
     return sum(map(len, prompts)) + sum(len(trace) for _, trace in traces)
 
 
 def padded_tokens(rows: Sequence[Row]) -> int:
     """Tokens that the rows take where every distinct trace is a row of its own behind its prompt, all padded alike."""
-    traces = {(row.prompt, trace) for row in rows for trace in (row.chosen, row.rejected) if trace}
+    traces = {(row.prompt, trace) for row in rows for trace in row.traces}
     return len(traces) * max((len(prompt) + len(trace) for prompt, trace in traces), default=0)
 
 
@@ -79,13 +79,13 @@ def _piece(group: Sequence[Row], limit: int, size: Size) -> tuple[list[Row], lis
     traces: set[Tokens] = set()
 
     def adds(row: Row) -> int:
-        return sum(len(trace) for trace in {row.chosen, row.rejected} - traces)
+        return sum(len(trace) for trace in set(row.traces) - traces)
 
     while left:
         row = min(left, key=adds) if piece else left[0]
         if piece and size([*piece, row]) > limit:
             break
-        traces |= {row.chosen, row.rejected}
+        traces.update(row.traces)
         left.remove(row)
         piece.append(row)
     return piece, left
@@ -125,6 +125,7 @@ class Batch:
     scored: Tensor  # (N + G,) how many tokens each trace, then each prompt, has among the M
     chosen: Tensor  # (B,) index into the N traces
     rejected: Tensor  # (B,) index into the N traces; empty where rows have no rejected side
+    rollout: Tensor  # (B,) index into the N traces: what the student wrote for the pair, else its chosen side
     masks: dict[object, Tensor] = field(default_factory=dict)  # attention's, made once a batch
 
 
@@ -132,7 +133,7 @@ def collate(rows: Sequence[Row], score_prompt: bool, device: str = "cpu") -> Bat
     """Pack the rows. `score_prompt` wants the prompt's tokens (all but the first) scored too."""
     import torch
 
-    groups, chosen, rejected = _group(rows)
+    groups, chosen, rejected, rollout = _group(rows)
     layout = _Layout()
     prompts = [layout.add_group(group) for group in groups]
     scored = [len(trace) for group in groups for trace in group.traces]
@@ -160,6 +161,7 @@ def collate(rows: Sequence[Row], score_prompt: bool, device: str = "cpu") -> Bat
         scored=tensor(scored),
         chosen=tensor(chosen),
         rejected=tensor(rejected),
+        rollout=tensor(rollout),
     )
 
 
@@ -236,15 +238,16 @@ def _buckets(traces: Sequence[Tokens]) -> Iterator[list[Tokens]]:
     yield bucket
 
 
-def _group(rows: Sequence[Row]) -> tuple[list[Group], list[int], list[int]]:
-    """The rows' groups, and each row's chosen and rejected trace counted through all groups."""
+def _group(rows: Sequence[Row]) -> tuple[list[Group], list[int], list[int], list[int]]:
+    """The rows' groups, and each row's chosen, rejected and written trace counted through all groups."""
     traces: dict[Tokens, dict[Tokens, None]] = {}
     for row in rows:
         own = traces.setdefault(row.prompt, {})
-        own.update(dict.fromkeys(trace for trace in (row.chosen, row.rejected) if trace))
+        own.update(dict.fromkeys(row.traces))
     groups = [Group(prompt, sorted(own, key=len, reverse=True)) for prompt, own in traces.items()]
     keys = [(group.prompt, trace) for group in groups for trace in group.traces]
     index = {key: number for number, key in enumerate(keys)}
     chosen = [index[row.prompt, row.chosen] for row in rows]
     rejected = [index[row.prompt, row.rejected] for row in rows if row.rejected]
-    return groups, chosen, rejected
+    rollout = [index[row.prompt, row.rollout or row.chosen] for row in rows]
+    return groups, chosen, rejected, rollout

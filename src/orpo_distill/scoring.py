@@ -15,6 +15,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,19 +24,26 @@ from torch import Tensor, nn
 from orpo_distill import attention
 from orpo_distill.errors import ModelError, ran_out_of_memory
 from orpo_distill.groups import Row
-from orpo_distill.head import entropies, label_logps, label_scores, pick
-from orpo_distill.objectives import ScoredGroups
+from orpo_distill.head import Against, Logits, compare, label_logps, label_scores, pick
+from orpo_distill.objectives import Compared, ScoredGroups
 from orpo_distill.packing import Batch, collate, pad
 
 # Nats, mean over tokens. In bfloat16 rounding alone moves SmolLM2's by about 0.04 (docs/performance.md).
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.15}
 SAME_LOGITS = 1e-3  # nats, where one and the same thing is computed twice
 TRIED = 64  # labels at the end of each trace that `prepare` compares
+Reader = Callable[[Logits, Tensor], Any]
+"""What is made of a batch's logits and labels; left out, the labels' log-probabilities (M,)."""
 
 
-def score(model: nn.Module, batch: Batch, mean_chosen_tokens: float) -> ScoredGroups:
-    """Score each of the batch's N traces once with a model that was prepared."""
-    logps: Tensor = model(packed=batch)  # (M,)
+def score(model: nn.Module, batch: Batch, mean_chosen_tokens: float, against: Against | None = None) -> ScoredGroups:
+    """Score each of the batch's N traces once with a model that was prepared, and compare it with a teacher if given."""
+    compared = None
+    if against is None:
+        logps: Tensor = model(packed=batch)  # (M,)
+    else:
+        logps, spans = model(packed=batch, read=partial(compare, against=against))
+        compared = Compared(against.trace, *spans)
     sums = logps.new_zeros(len(batch.scored)).index_add(0, batch.owner, logps)  # (N + G,)
     traces = len(batch.prompt)
     return ScoredGroups(
@@ -46,6 +54,8 @@ def score(model: nn.Module, batch: Batch, mean_chosen_tokens: float) -> ScoredGr
         chosen=batch.chosen,
         rejected=batch.rejected,
         mean_chosen_tokens=mean_chosen_tokens,
+        rollout=batch.rollout,
+        compared=compared,
     )
 
 
@@ -56,7 +66,7 @@ def measure(model: nn.Module, batch: Batch) -> Tensor:
     distribution that each was picked from, over log V.
     """
     with torch.no_grad():
-        found: Tensor = model(packed=batch, entropy=True)  # (2, M)
+        found: Tensor = model(packed=batch, read=label_scores)  # (2, M)
         sums = found.new_zeros(2, len(batch.scored)).index_add(1, batch.owner, found)[:, : len(batch.prompt)]
         tokens = batch.scored[: len(batch.prompt)].to(sums.dtype)
         return torch.stack([sums[0], tokens, sums[1] / tokens])
@@ -75,7 +85,7 @@ class Route:
 def prepare(model: nn.Module, probe: Sequence[Row], recompute: bool = False) -> Route:
     """Let `model(packed=batch)` return log-probabilities (M,), by the fastest route that is right for `probe`.
 
-    `recompute` never keeps logits for the backward pass. Adapters (peft) around the model are fine; wrap it for
+    `model(packed=batch, read=function)` returns what the function makes of the logits. `recompute` never keeps logits for the backward pass. Adapters (peft) around the model are fine; wrap it for
     several processes afterwards. Calls without `packed` are what they were.
     """
     inner: Any = getattr(model, "get_base_model", lambda: model)()
@@ -175,21 +185,22 @@ class _Forward:
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
     def __call__(
-        self, model: Any, *inputs: Any, packed: Batch | None = None, entropy: bool = False, **options: Any
+        self, model: Any, *inputs: Any, packed: Batch | None = None, read: Reader | None = None, **options: Any
     ) -> Any:
         if packed is None:
             with self._ordinary_attention(model):
                 return self.own(*inputs, **options)
         given, at = self._inputs(packed)
-        if not self.route.head:
-            logits = self.own(**given).logits.flatten(0, 1)[at]
-            logps = pick(logits, packed.labels)
-            return torch.stack([logps, entropies(logits)]) if entropy else logps
-        hidden = model.base_model(**given).last_hidden_state.flatten(0, 1)[at]
-        if entropy:
-            return label_scores(hidden, model.get_output_embeddings(), packed.labels, self.softcap)
-        recompute = self.route.recompute and model.training
-        return label_logps(hidden, model.get_output_embeddings(), packed.labels, self.softcap, recompute)
+        if self.route.head:
+            logits = self._from_hidden(model, model.base_model(**given).last_hidden_state.flatten(0, 1)[at])
+        else:
+            logits = Logits(self.own(**given).logits.flatten(0, 1)[at])
+        if read is not None:
+            return read(logits, packed.labels)
+        return label_logps(logits, packed.labels, self.route.recompute and model.training)
+
+    def _from_hidden(self, model: Any, hidden: Tensor) -> Logits:
+        return Logits(hidden, model.get_output_embeddings(), self.softcap)
 
     @contextmanager
     def _ordinary_attention(self, model: Any) -> Iterator[None]:
@@ -225,7 +236,7 @@ class _Forward:
         logits = self._logits(row, min(TRIED, len(row)))
         labels = row[-len(logits) :]
         hidden = model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0, -len(logits) :]
-        found = label_logps(hidden, model.get_output_embeddings(), labels, self.softcap)
+        found = label_logps(self._from_hidden(model, hidden), labels)
         difference = (found - pick(logits, labels)).abs().max().item()
         return "" if difference <= SAME_LOGITS else f"its log-probabilities differ by {difference:.2g} nats"
 
