@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from orpo_distill.config import Config
+from orpo_distill.objectives import Objective
 from orpo_distill.runs import Stage
 from orpo_distill.samplers.hf import HF
 from orpo_distill.samplers.vllm import VLLM
 from orpo_distill.stages.extrapolate import ChooseOptions, ExtrapolateOptions
 from orpo_distill.stages.score import ScoreOptions
+from orpo_distill.teaching import TeacherOptions
 
 CHOSEN = "extrapolate/chosen"
 
@@ -42,19 +44,36 @@ def _reference(config: Config, number: int) -> Stage:
 
 def _teacher(config: Config, number: int) -> Stage:
     """By the teacher, behind the prompt that it was asked with."""
-    sampler, scorer = config.teacher.sampler, config.teacher.scored_by
-    own = sampler if isinstance(sampler, HF | VLLM) else None
     options = ScoreOptions(
-        model=scorer,
+        model=config.teacher.scored_by,
         policy="teacher",
         prefix=config.teacher.prefix,
         student=config.student.model,
         student_trust_remote_code=config.train.trust_remote_code,
-        dtype=own.dtype if own else "auto",
-        trust_remote_code=own.trust_remote_code if own else config.train.trust_remote_code,
+        dtype=config.teacher.scored_in,
+        trust_remote_code=_trusted(config),
         tokens_per_batch=config.train.tokens_per_batch,
     )
     return _score(f"round-{number}/teacher-scores", options, {}, number - 1)
+
+
+def teacher_in_training(config: Config, objective: Objective) -> TeacherOptions | None:
+    """The teacher in the train stage, where the objective requires its distribution."""
+    if "teacher_distribution" not in objective.requires or config.teacher.scored_by is None:
+        return None
+    return TeacherOptions(
+        model=config.teacher.scored_by,
+        prefix=config.teacher.prefix,
+        dtype=config.teacher.scored_in,
+        device=config.teacher.scorer_device,
+        trust_remote_code=_trusted(config),
+    )
+
+
+def _trusted(config: Config) -> bool:
+    """Whether the teacher's checkpoint may bring code of its own."""
+    sampler = config.teacher.sampler
+    return sampler.trust_remote_code if isinstance(sampler, HF | VLLM) else config.train.trust_remote_code
 
 
 def _score(name: str, options: ScoreOptions, inputs: dict[str, str], before: int | None) -> Stage:

@@ -22,11 +22,18 @@ from pydantic import (
 
 from orpo_distill.component import SPEED_ONLY, Options, type_name
 from orpo_distill.mixing import PHI_FORMS, AdaptivePhi, PhiSetting, PhiUnit
+from orpo_distill.models import Dtype
 from orpo_distill.objectives import INPUTS, Objective
 from orpo_distill.samplers import Decoding, Sampler
 from orpo_distill.samplers.hf import HF
 from orpo_distill.samplers.vllm import VLLM
 from orpo_distill.tasks import Task
+
+TEACHERS = {
+    "teacher_scores": "can score given texts",
+    "teacher_distribution": "lends its whole distributions, from a local checkpoint,",
+}
+"""What an objective may want of the teacher beside its texts, in words."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -42,7 +49,7 @@ class ProblemsSection(Options):
 
 
 class TeacherSection(Options):
-    """The model to learn from: only its text is used."""
+    """The model to learn from: only its text is used, unless the objective asks for more."""
 
     model: str
     sampler: SerializeAsAny[Sampler] = Field(default="hf", validate_default=True)
@@ -52,12 +59,19 @@ class TeacherSection(Options):
     stop_at: PositiveInt | None = None  # correct, diverse traces after which a problem is left: waves of `samples`
     max_samples: PositiveInt | None = None  # most traces of a hard problem, with `stop_at`
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()  # of the waves; the last one goes on
-    scorer: str | None = None  # a checkpoint that scores given texts as the teacher; default: `model`, where it is one
+    scorer: str | None = None  # a checkpoint that reads given texts as the teacher; default: `model`, where it is one
+    scorer_dtype: Dtype | None = None  # how it is loaded; default: as the sampler does
+    scorer_device: Annotated[str, SPEED_ONLY] = "auto"  # where it stands while the student is trained
 
     @property
     def scored_by(self) -> str | None:
         """The checkpoint that can say how likely the teacher finds a given text; None where there is none."""
         return self.scorer or (self.model if isinstance(self.sampler, HF | VLLM) else None)
+
+    @property
+    def scored_in(self) -> Dtype:
+        """The number type of that checkpoint."""
+        return self.scorer_dtype or (self.sampler.dtype if isinstance(self.sampler, HF | VLLM) else "auto")
 
     @model_validator(mode="after")
     def _stops(self) -> Self:
@@ -269,11 +283,16 @@ class Config(Options):
         """That whatever the objective and extrapolation need can be had."""
         if unknown := self.objective.requires - INPUTS.keys():
             raise ValueError(f"expected an objective that requires {' or '.join(INPUTS)}, found {sorted(unknown)}")
-        if "teacher_scores" in self.objective.requires and self.teacher.scored_by is None:
+        if self.teacher.scored_by is None and (wanted := self.objective.requires & TEACHERS.keys()):
             raise ValueError(
-                f"expected a teacher that can score given texts for {type_name(type(self.objective))}, found "
+                f"expected a teacher that {TEACHERS[min(wanted)]} for {type_name(type(self.objective))}, found "
                 f"{type_name(type(self.teacher.sampler))}, which only writes texts; name the teacher's checkpoint in "
                 "teacher.scorer, or take an objective that needs no more than texts, such as orpo or dpo"
+            )
+        if self.objective.across_tokenizers and self.objective.writing:
+            raise ValueError(
+                f"expected the student to write texts only where teacher and student have the same tokens, found that "
+                f"{type_name(type(self.objective))} wants both"
             )
         if self.extrapolate and self.problems.validation is None:
             raise ValueError("expected problems.validation beside extrapolate, which chooses alpha on it, found null")

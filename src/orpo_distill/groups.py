@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from orpo_distill.errors import DataError
@@ -47,8 +47,14 @@ class Row:
     @property
     def name(self) -> str:
         """The row for people: line, problem and traces."""
+        if self.rollout:
+            return f"pairs.jsonl:{self.number} (problem {self.pair.problem_id}, a text that the student wrote for it)"
         rejected = f", rejected {self.pair.rejected_id or '?'}" if self.rejected else ""
         return f"pairs.jsonl:{self.number} (problem {self.pair.problem_id}, chosen {self.pair.chosen_id}{rejected})"
+
+    def written(self, text: Tokens, keeps_chosen: bool) -> Row:
+        """The row with what the student wrote for it, in the place of its chosen side or beside it."""
+        return replace(self, chosen=self.chosen if keeps_chosen else text, rollout=text) if text else self
 
 
 def tokenize(
@@ -137,6 +143,15 @@ def schedule(problem_ids: Sequence[str], steps: int, pairs_per_step: int, seed: 
     cuts = [len(order) * step // steps for step in range(steps + 1)]
     used = len(set(order))
     return Round([order[a:b] for a, b in itertools.pairwise(cuts)], len(order) - used, count - used)
+
+
+def written_for(rows: Sequence[Row], share: float, seed: int, step: int) -> list[int]:
+    """Which of a step's rows the student writes texts for: a coin for each problem that only (seed, step) decides."""
+
+    def falls(problem_id: str) -> bool:
+        return random.Random(derive_seed(seed, "written", step, problem_id)).random() < share
+
+    return [place for place, row in enumerate(rows) if falls(row.pair.problem_id)]
 
 
 def _shuffled(indices: Iterable[int], problem_ids: Sequence[str], coin: random.Random) -> list[int]:

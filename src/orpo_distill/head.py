@@ -103,7 +103,7 @@ class Against:
     ours: Spans  # among the student's
     trace: Tensor  # (P,) the trace that each span is part of
     divergence: Callable[[Tensor, Tensor], Tensor]  # `Objective.divergence`
-    vocabulary: int | None = None  # how many entries both models have, where these are the same tokens
+    same_tokens: bool  # otherwise spans may have several tokens, and entries of the vocabularies differ
 
 
 def compare(logits: Logits, labels: Tensor, against: Against) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def compare(logits: Logits, labels: Tensor, against: Against) -> tuple[Tensor, T
             found.append(_compare(*student, *teacher, against))
     first, read_first, divergence = torch.cat(found, dim=1)
     logps = logps.index_copy(0, ours.first, first)
-    return logps, torch.stack([first + later, read_first + read, divergence])
+    return logps, torch.stack([first + later, read_first.detach() + read, divergence])
 
 
 def _not_first(logits: Logits, labels: Tensor, spans: Spans) -> Tensor:
@@ -144,13 +144,12 @@ def _compare(
     student: Logits, labels: Tensor, later: Tensor, teacher: Logits, read: Tensor, read_later: Tensor, against: Against
 ) -> Tensor:
     """(3, P): log-probability of the spans' first labels under the student, the same under the teacher, divergence."""
-    ours = student.made()[:, : against.vocabulary].float().log_softmax(-1)
+    width = min(student.vocabulary, teacher.vocabulary) if against.same_tokens else None  # embeddings may be padded
+    ours = student.made()[:, :width].float().log_softmax(-1)
     with torch.no_grad(), _outside_autocast(read):
-        theirs = teacher.made()[:, : against.vocabulary].float().log_softmax(-1).to(ours.device)
-    first = [
-        logps.gather(1, picked.to(ours.device)[:, None])[:, 0] for logps, picked in ((ours, labels), (theirs, read))
-    ]
-    if against.vocabulary is None:  # spans may have later tokens
+        theirs = teacher.made()[:, :width].float().log_softmax(-1).to(ours.device)
+    first = ours.gather(1, labels[:, None])[:, 0], theirs.gather(1, read.to(ours.device)[:, None])[:, 0]
+    if not against.same_tokens:
         ours, theirs = ours + later[:, None], theirs + read_later[:, None]
     return torch.stack([*first, against.divergence(ours, theirs)])
 

@@ -6,7 +6,15 @@ from the latest student what the coin of phi sends there, verify, pair, train on
 
 from __future__ import annotations
 
-from orpo_distill.additions import CHOSEN, chosen, extrapolated, folder_of, policy_of, score_stages
+from orpo_distill.additions import (
+    CHOSEN,
+    chosen,
+    extrapolated,
+    folder_of,
+    policy_of,
+    score_stages,
+    teacher_in_training,
+)
 from orpo_distill.component import type_name
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
@@ -228,6 +236,7 @@ def _train_options(config: Config, objective: Objective, first: int, last: int) 
         first_round=first,
         last_round=last,
         seed=config.seed,
+        teacher=teacher_in_training(config, objective),
     )
 
 

@@ -37,7 +37,7 @@ Reader = Callable[[Logits, Tensor], Any]
 
 
 def score(model: nn.Module, batch: Batch, mean_chosen_tokens: float, against: Against | None = None) -> ScoredGroups:
-    """Score each of the batch's N traces once with a model that was prepared, and compare it with a teacher if given."""
+    """Score each of the batch's N traces once with a model that was prepared; compare it with a teacher, if given."""
     compared = None
     if against is None:
         logps: Tensor = model(packed=batch)  # (M,)
@@ -85,8 +85,9 @@ class Route:
 def prepare(model: nn.Module, probe: Sequence[Row], recompute: bool = False) -> Route:
     """Let `model(packed=batch)` return log-probabilities (M,), by the fastest route that is right for `probe`.
 
-    `model(packed=batch, read=function)` returns what the function makes of the logits. `recompute` never keeps logits for the backward pass. Adapters (peft) around the model are fine; wrap it for
-    several processes afterwards. Calls without `packed` are what they were.
+    `model(packed=batch, read=function)` returns what the function makes of logits and labels instead. `recompute` never
+    keeps logits for the backward pass. Adapters (peft) around the model are fine; wrap it for several processes
+    afterwards. Calls without `packed` are what they were.
     """
     inner: Any = getattr(model, "get_base_model", lambda: model)()
     forward = _Forward(inner, Route(recompute=recompute))

@@ -25,14 +25,17 @@ from orpo_distill.checkpoints import damaged, seal, sweep
 from orpo_distill.component import blamed, type_name
 from orpo_distill.errors import OrpoDistillError, RunError, TrainingError, ran_out_of_memory
 from orpo_distill.given import Given, with_given
-from orpo_distill.groups import Row
+from orpo_distill.groups import Row, written_for
 from orpo_distill.interrupt import Stop
 from orpo_distill.models import restore, save_checkpoint
 from orpo_distill.objectives import Objective
 from orpo_distill.packing import Size, collate, micro_batches, packed_tokens, padded_tokens
 from orpo_distill.progress import say
-from orpo_distill.records import derive_seed, write_text
+from orpo_distill.records import derive_seed
+from orpo_distill.rollouts import Writer, rollout_seeds
 from orpo_distill.scoring import prepare, score
+from orpo_distill.steps import Step, means
+from orpo_distill.teaching import Teacher
 
 CHECKPOINTS_KEPT = 2
 
@@ -48,6 +51,7 @@ class Course:
     tokens_per_batch: int
     log: Path  # one JSON line a step
     given: Given = field(default_factory=dict)  # what other models gave the traces
+    teacher: Teacher | None = None  # where the objective requires its distribution
 
     @property
     def last_step(self) -> int:
@@ -101,10 +105,15 @@ class GroupTrainer(Trainer):
         self.size = packed_tokens if route.groups else padded_tokens
         for reason in route.reasons if args.process_index == 0 else ():
             say(f"  {type(model).__name__}: {reason}; training is right, but slower and larger")
+        self.writer = self._writer(model)  # of texts in the step
         self.under_way: Sequence[Row] = ()  # the rows of the micro-batch in memory
-        self._step: _Step
-        self._pending: list[_Step] = []  # steps not yet in the log
+        self._step: Step
+        self._pending: list[Step] = []  # steps not yet in the log
         self._window: list[dict[str, Any]] = []  # log lines since trackers were told
+
+    def _writer(self, model: nn.Module) -> Writer | None:
+        writing, teacher = self.course.objective.writing, self.course.teacher
+        return Writer(model, self.tokenizer, writing, teacher.model if teacher else None) if writing else None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One empty batch a step, on every process."""
@@ -121,10 +130,10 @@ class GroupTrainer(Trainer):
         # Random numbers (dropout) are a function of the step, so that no interruption can shift them.
         torch.manual_seed(derive_seed(self.args.seed, "dropout", number, self.args.process_index))
         model.train()
-        rows = self.course.rows(number)
+        rows = self._written(number, self.course.rows(number))
         batches = micro_batches(rows, self.course.tokens_per_batch, world, self.size)
         own = batches[self.args.process_index :: world]
-        self._step = _Step(number, rows, self._get_learning_rate())
+        self._step = Step(number, rows, self._get_learning_rate())
         for place, batch in enumerate(own, start=1):
             last = place == len(own)
             self.accelerator.gradient_state._set_sync_gradients(last)
@@ -134,11 +143,32 @@ class GroupTrainer(Trainer):
         mean: Tensor = self._step.loss_sum / len(rows)
         return mean * world  # transformers averages it over processes
 
+    def _written(self, number: int, rows: Sequence[Row]) -> Sequence[Row]:
+        """The step's rows, with what the student writes for them now where the objective wants that."""
+        writing = self.course.objective.writing
+        if writing is None or self.writer is None:
+            return rows
+        drawn = written_for(rows, writing.share, self.args.seed, number)
+        seeds = rollout_seeds(rows, self.args.seed, number)
+        own = drawn[self.args.process_index :: self.args.world_size]
+        with self.accelerator.autocast():
+            texts = self.writer([rows[place].prompt for place in own], [seeds[place] for place in own])
+        found = {place: text.tokens for place, text in zip(own, texts, strict=True)}
+        if self.args.world_size > 1:
+            from accelerate.utils import gather_object
+
+            found = dict(gather_object([*found.items()]))
+        return [row.written(found.get(place, ()), writing.keeps_chosen) for place, row in enumerate(rows)]
+
     def _pass(self, model: nn.Module, rows: Sequence[Row], counts: bool) -> None:
         """Forward and backward of a micro-batch. The gradient is divided once, by the step's number of pairs."""
         step, objective, self.under_way = self._step, self.course.objective, rows
         batch = collate(rows, objective.scores_prompt, str(self.args.device))
-        scored = score(model, batch, step.mean_chosen_tokens(objective.scores_prompt))
+        teacher = self.course.teacher
+        against = teacher.read(rows, batch) if teacher else None
+        scored = score(model, batch, step.mean_chosen_tokens(objective.scores_prompt), against)
+        if teacher and scored.compared:
+            teacher.require_finite(scored.compared, rows, batch)
         with blamed(objective):
             loss = objective(with_given(scored, rows, self.course.given))
         if loss.per_pair.shape != (len(rows),):
@@ -194,7 +224,7 @@ class GroupTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Tell trackers: what transformers logs, and the method's metrics as means over the steps since last time."""
         self._flush()
-        super().log({**_means(self._window), **logs}, start_time)
+        super().log({**means(self._window), **logs}, start_time)
         self._window.clear()
 
     def _flush(self) -> None:
@@ -208,7 +238,8 @@ class GroupTrainer(Trainer):
             highest = self.accelerator.gather(highest[None]).amax(0)
         norms = torch.stack([torch.as_tensor(step.grad_norm, dtype=torch.float32) for step in self._pending])
         numbers = zip(self._pending, sums.tolist(), highest.tolist(), norms.tolist(), strict=True)
-        lines = [step.line(self.course, *values) for step, *values in numbers]
+        a_round = self.course.steps_per_round
+        lines = [step.line(step.number // a_round + 1, *values) for step, *values in numbers]
         if self.is_world_process_zero():
             with self.course.log.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -284,77 +315,6 @@ class _Flow(TrainerCallback):
         self._saved = time.monotonic()
 
 
-class _Step:
-    """What one process gathers in an optimizer step. Numbers stay on the device until they are logged."""
-
-    def __init__(self, number: int, rows: Sequence[Row], learning_rate: float) -> None:
-        self.number = number
-        self.rows = rows
-        self.learning_rate = learning_rate
-        self.grad_norm: Any = None
-        self.names: tuple[str, ...] = ()
-        self.values: list[Tensor] = []  # of each micro-batch (K, B): the loss and the metrics of its pairs
-        self.passed: list[Row] = []
-        self._highest: list[Tensor] = []
-
-    def add(self, rows: Sequence[Row], values: Tensor, names: tuple[str, ...]) -> None:
-        """Take in a micro-batch's loss (first) and metrics, (K, B)."""
-        self.names = names
-        self.values.append(values)
-        self.passed += rows
-
-    def add_rejected(self, highest: Tensor) -> None:
-        """Take in the highest mean token probability among a micro-batch's rejected traces."""
-        self._highest.append(highest)
-
-    @property
-    def loss_sum(self) -> Tensor:
-        """The loss summed over this process's pairs."""
-        return self.sums[0]
-
-    @property
-    def sums(self) -> Tensor:
-        """(K,) the loss and the metrics summed over this process's pairs."""
-        return torch.cat(self.values, dim=1).sum(1)
-
-    @property
-    def rejected_max(self) -> Tensor:
-        """The highest mean token probability that a rejected trace had; 0 without rejected traces."""
-        return torch.stack(self._highest).max() if self._highest else self.values[0].new_zeros(())
-
-    def mean_chosen_tokens(self, with_prompt: bool) -> float:
-        """Mean over the step's pairs, on all processes, of the chosen side's scored tokens."""
-        total = sum(len(row.chosen) + (len(row.prompt) - 1 if with_prompt else 0) for row in self.rows)
-        return total / len(self.rows)
-
-    def not_finite(self) -> list[str]:
-        """The rows of this process whose loss is not finite, with the loss."""
-        losses = torch.cat([values[0] for values in self.values]).tolist()
-        return [f"{loss} for {row.name}" for row, loss in zip(self.passed, losses, strict=True) if loss - loss != 0]
-
-    def line(self, course: Course, sums: Sequence[float], rejected_max: float, grad_norm: float) -> dict[str, Any]:
-        """The step's line in the log. Nothing in it depends on time or machine."""
-        traces = {(row.prompt, trace) for row in self.rows for trace in (row.chosen, row.rejected) if trace}
-        return {
-            "step": self.number + 1,
-            "round": self.number // course.steps_per_round + 1,
-            **{name: value / len(self.rows) for name, value in zip(self.names, sums, strict=True)},
-            "rejected_probability_max": rejected_max,
-            "grad_norm": grad_norm,
-            "learning_rate": self.learning_rate,
-            "pairs": len(self.rows),
-            "traces": len(traces),
-            "tokens": sum(len(trace) for _, trace in traces),
-        }
-
-
-def cut_log(log: Path, step: int) -> None:
-    """Drop the log's lines of steps after `step`: what a resumed run is about to do again."""
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    write_text(log, "".join(kept))
-
-
 def out_of_memory(rows: Sequence[Row], size: Size, tokens_per_batch: int) -> TrainingError:
     """The error for a micro-batch that does not fit, with the setting to lower and the longest row."""
     if not rows:
@@ -370,13 +330,6 @@ def out_of_memory(rows: Sequence[Row], size: Size, tokens_per_batch: int) -> Tra
         f"expected a micro-batch of {len(rows)} pairs ({size(rows)} tokens) to fit into memory, found that it "
         f"does not; its longest row has {longest.length} tokens: {longest.name}; {lower}"
     )
-
-
-def _means(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The mean of every metric that is one (the loss and the like are transformers' to log)."""
-    own = {"step", "round", "loss", "grad_norm", "learning_rate", "pairs", "traces", "tokens"}
-    names = [name for name in lines[0] if name not in own] if lines else []
-    return {name: sum(line[name] for line in lines) / len(lines) for name in names}
 
 
 def _empty(_: Any) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from orpo_distill.component import Component
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,13 @@ class Loss:
     metrics: Mapping[str, Tensor]  # name -> (B,), detached; logged as means over the pairs
 
 
+def needed(given: T | None) -> T:
+    """What the objective's `requires` asks for."""
+    if given is None:
+        raise ValueError("expected what the objective requires, found none in the batch")
+    return given
+
+
 INPUTS = {
     "rejected": "pairs with a rejected side",
     "reference_scores": "log-probabilities of both sides under a reference, made by a score stage",
@@ -91,6 +100,7 @@ class Objective(Component):
         "dadpo": "orpo_distill.objectives.dadpo:DaDpo",
         "dpo": "orpo_distill.objectives.dpo:Dpo",
         "flex_dpo": "orpo_distill.objectives.flex_dpo:FlexDpo",
+        "gkd": "orpo_distill.objectives.gkd:Gkd",
         "mallows_dpo": "orpo_distill.objectives.mallows_dpo:MallowsDpo",
         "mallows_orpo": "orpo_distill.objectives.mallows_orpo:MallowsOrpo",
         "orpo": "orpo_distill.objectives.orpo:Orpo",

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
-from orpo_distill.objectives import Loss, ScoredGroups
-from orpo_distill.objectives.dpo import AgainstReference, log_ratios, needed, rewards
+from orpo_distill.objectives import Loss, ScoredGroups, needed
+from orpo_distill.objectives.dpo import AgainstReference, log_ratios, rewards
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from orpo_distill.objectives import GivenScores, Loss, ScoredGroups
+from orpo_distill.objectives import GivenScores, Loss, ScoredGroups, needed
 from orpo_distill.objectives.sft import Sft, mean_logps
 
 if TYPE_CHECKING:
@@ -80,13 +80,6 @@ def log_ratios(batch: ScoredGroups, given: GivenScores | None) -> tuple[Tensor, 
     """log pi(y|x) - log pi_given(y|x) of the chosen and of the rejected sides, (B,) each, in nats a text."""
     ratios = batch.logp_sum - needed(given).logp_sum
     return ratios[batch.chosen], ratios[batch.rejected]
-
-
-def needed(given: GivenScores | None) -> GivenScores:
-    """The scores that the objective's `requires` asks for."""
-    if given is None:
-        raise ValueError("expected the scores that the objective requires, found none in the batch")
-    return given
 
 
 def rewards(

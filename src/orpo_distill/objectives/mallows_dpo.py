@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from orpo_distill.objectives import Loss, ScoredGroups
-from orpo_distill.objectives.dpo import AgainstReference, dpo_loss, log_ratios, needed, rewards
+from orpo_distill.objectives import Loss, ScoredGroups, needed
+from orpo_distill.objectives.dpo import AgainstReference, dpo_loss, log_ratios, rewards
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from orpo_distill.objectives import ScoredGroups
-from orpo_distill.objectives.dpo import needed
+from orpo_distill.objectives import ScoredGroups, needed
 from orpo_distill.objectives.mallows_dpo import dispersion
 from orpo_distill.objectives.orpo import Orpo
 

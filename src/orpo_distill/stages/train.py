@@ -37,9 +37,10 @@ from orpo_distill.objectives import Objective
 from orpo_distill.progress import progress
 from orpo_distill.records import Pair, read_jsonl, write_text
 from orpo_distill.samplers.hf import context_length
+from orpo_distill.teaching import Teacher, TeacherOptions
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
     from orpo_distill.trainer import Course
 
@@ -56,6 +57,7 @@ class TrainOptions(Options):
     first_round: PositiveInt
     last_round: PositiveInt
     seed: int
+    teacher: TeacherOptions | None = None  # for objectives that require its distribution
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -102,6 +104,7 @@ def _train(options: TrainOptions, inputs: Mapping[str, Path], out: Path) -> None
     done = step_of(start) if start else 0
     args.distributed_state.wait_for_everyone()  # before anything in the folder moves again
     if done < course.last_step:
+        course = replace(course, teacher=_teacher(options, rows, tokenizer))
         model = _model(options, args)
         if start is None and "start" in inputs:
             begin_from(model, inputs["start"] / MODEL)
@@ -117,7 +120,8 @@ def _run(
     options: TrainOptions, model: Any, course: Course, args: TrainingArguments, start: Path | None, tokenizer: Any
 ) -> None:
     """Train from a checkpoint, or from the model as it is, to the end of the course and save it there."""
-    from orpo_distill.trainer import Watch, cut_log, run
+    from orpo_distill.steps import cut_log
+    from orpo_distill.trainer import Watch, run
 
     done = step_of(start) - course.first_step if start else 0
     if args.process_index == 0:
@@ -130,6 +134,12 @@ def _run(
     with progress(label_of(options), len(course.steps), done) as advance, deferred() as stop:
         watch = Watch(stop, options.train.checkpoint_minutes, advance)
         run(model, tokenizer, args, course, watch, start)
+
+
+def _teacher(options: TrainOptions, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
+    if options.teacher is None:
+        return None
+    return Teacher(options.teacher, options.objective, tokenizer, rows)
 
 
 def label_of(options: TrainOptions) -> str:
