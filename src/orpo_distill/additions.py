@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from orpo_distill.config import Config
+from orpo_distill.models import load_tokenizer
 from orpo_distill.objectives import Objective
 from orpo_distill.runs import Stage
 from orpo_distill.samplers.hf import HF
 from orpo_distill.samplers.vllm import VLLM
 from orpo_distill.stages.extrapolate import ChooseOptions, ExtrapolateOptions
 from orpo_distill.stages.score import ScoreOptions
-from orpo_distill.teaching import TeacherOptions
+from orpo_distill.stages.train import TrainOptions
+from orpo_distill.teaching import TeacherOptions, require_one_vocabulary
 
 CHOSEN = "extrapolate/chosen"
 
@@ -68,6 +72,21 @@ def teacher_in_training(config: Config, objective: Objective) -> TeacherOptions 
         device=config.teacher.scorer_device,
         trust_remote_code=_trusted(config),
     )
+
+
+def check_teachers(stages: Iterable[Stage]) -> None:
+    """Raise ConfigError where a train stage needs a teacher with the student's vocabulary and has another."""
+    checked = set()
+    for stage in stages:
+        options = stage.options
+        if not isinstance(options, TrainOptions) or options.teacher is None or options.objective.across_tokenizers:
+            continue
+        models = options.model, options.teacher.model
+        if models not in checked:
+            student = load_tokenizer(options.model, options.train.trust_remote_code)
+            teacher = load_tokenizer(options.teacher.model, options.teacher.trust_remote_code)
+            require_one_vocabulary(options.objective, student, teacher)
+            checked.add(models)
 
 
 def _trusted(config: Config) -> bool:

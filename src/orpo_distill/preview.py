@@ -9,6 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from orpo_distill.additions import check_teachers
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError, MissingVariable, OrpoDistillError
 from orpo_distill.mixing import phi_of_round
@@ -106,6 +107,8 @@ def _checked_counts(config: Config, missing: list[str]) -> Counts:
     attempt(checkpoint_folder, config.student.model, "student.model")
     for role, sampler in (("teacher", config.teacher.sampler), ("student", config.student.sampler)):
         attempt(type(sampler).check, sampler, f"{role}.sampler")
+    if not problems:
+        attempt(check_teachers, plan(config), "teacher")
     counts = None
     if getattr(config.task, "path", None) is not None:
         counts = attempt(_count, config, "task")

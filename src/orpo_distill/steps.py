@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,20 @@ from torch import Tensor
 from orpo_distill.groups import Row
 from orpo_distill.records import write_text
 
+COUNTS = ("pairs", "traces", "tokens", "teacher_tokens", "written_tokens")
+"""What a step's line counts. The last two stand there if a teacher reads the texts, if the student writes some."""
+
 
 class Step:
     """What one process gathers in an optimizer step. Numbers stay on the device until they are logged."""
 
-    def __init__(self, number: int, rows: Sequence[Row], learning_rate: float) -> None:
+    def __init__(
+        self, number: int, rows: Sequence[Row], learning_rate: float, beside: Mapping[str, int] | None = None
+    ) -> None:
         self.number = number
         self.rows = rows
         self.learning_rate = learning_rate
+        self.beside = beside or {}  # counts of what is done beside scoring
         self.grad_norm: Any = None
         self.names: tuple[str, ...] = ()
         self.values: list[Tensor] = []  # of each micro-batch (K, B): the loss and the metrics of its pairs
@@ -75,6 +81,7 @@ class Step:
             "pairs": len(self.rows),
             "traces": len(traces),
             "tokens": sum(len(trace) for _, trace in traces),
+            **self.beside,
         }
 
 
@@ -87,6 +94,6 @@ def cut_log(log: Path, step: int) -> None:
 
 def means(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The mean of every metric that is one (the loss and the like are transformers' to log)."""
-    own = {"step", "round", "loss", "grad_norm", "learning_rate", "pairs", "traces", "tokens"}
+    own = {"step", "round", "loss", "grad_norm", "learning_rate", *COUNTS}
     names = [name for name in lines[0] if name not in own] if lines else []
     return {name: sum(line[name] for line in lines) / len(lines) for name in names}

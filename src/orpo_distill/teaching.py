@@ -53,9 +53,8 @@ def require_one_vocabulary(
         token = differing[0]
         raise ConfigError(
             f"expected a teacher with the student's vocabulary for {type_name(type(objective))}, found that "
-            f"{len(differing)} tokens differ ({token!r} is {other.get(token)} to the teacher, which has {len(other)}, and "
-            f"{own.get(token)} to the student, which has {len(own)}); take a student of the teacher's family, or an "
-            "objective that works on texts: orpo, dpo, dadpo or uld"
+            f"{len(differing)} tokens differ ({token!r} is {other.get(token)} to the teacher, {own.get(token)} to the "
+            "student); take a student of the teacher's family, or a method that works on texts: orpo, dpo, dadpo, uld"
         )
 
 

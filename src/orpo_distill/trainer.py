@@ -133,7 +133,7 @@ class GroupTrainer(Trainer):
         rows = self._written(number, self.course.rows(number))
         batches = micro_batches(rows, self.course.tokens_per_batch, world, self.size)
         own = batches[self.args.process_index :: world]
-        self._step = Step(number, rows, self._get_learning_rate())
+        self._step = Step(number, rows, self._get_learning_rate(), self._beside(rows))
         for place, batch in enumerate(own, start=1):
             last = place == len(own)
             self.accelerator.gradient_state._set_sync_gradients(last)
@@ -159,6 +159,15 @@ class GroupTrainer(Trainer):
 
             found = dict(gather_object([*found.items()]))
         return [row.written(found.get(place, ()), writing.keeps_chosen) for place, row in enumerate(rows)]
+
+    def _beside(self, rows: Sequence[Row]) -> dict[str, int]:
+        """What a step costs beside scoring: the tokens that the teacher reads, those that the student writes."""
+        found = {}
+        if teacher := self.course.teacher:
+            found["teacher_tokens"] = packed_tokens([teacher.row(row) for row in rows])
+        if self.writer:
+            found["written_tokens"] = sum(len(row.rollout) for row in rows)
+        return found
 
     def _pass(self, model: nn.Module, rows: Sequence[Row], counts: bool) -> None:
         """Forward and backward of a micro-batch. The gradient is divided once, by the step's number of pairs."""

@@ -94,9 +94,19 @@ METHODS: Mapping[str, Method] = {
         "daDPO: dpo held close to the teacher's distribution too; needs the teacher's log-probabilities of given texts",
         {"objective": "dadpo", **AFTER_SFT},
     ),
+    "uld": Method(
+        "ULD: likelihood, and the teacher's sorted probabilities; needs its distributions, in whatever tokens",
+        {"objective": "uld"},
+    ),
+    "gkd": Method(
+        "GKD: the teacher's distributions on its texts and on the student's own; needs a teacher of one vocabulary",
+        {"objective": "gkd"},
+    ),
 }
 RELATIVES = ("dpo", "dpo-nll", "flex-dpo", "mallows-dpo", "sppo", "dadpo")
-EXTRA = ("orpo-student-negatives", "orpo-adaptive", "orpo-expo", *RELATIVES)  # comes with another; or not the paper's
+WHITE_BOX = ("uld", "gkd")
+EXTRA = ("orpo-student-negatives", "orpo-adaptive", "orpo-expo", *RELATIVES, *WHITE_BOX)
+"""Not in the default list: what comes with another, or is not the paper's."""
 DEFAULT = tuple(name for name in METHODS if name not in EXTRA)
 PRIMARY = (
     ("orpo-mixed", "orpo-off"),

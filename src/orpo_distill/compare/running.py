@@ -17,7 +17,8 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
-from orpo_distill.compare.cells import Block, Cell, Design
+from orpo_distill.additions import check_teachers
+from orpo_distill.compare.cells import Block, Cell, Design, stages_of
 from orpo_distill.compare.results import Result, Search, evaluation_of, training, write_comparison
 from orpo_distill.compare.tables import render_markdown
 from orpo_distill.config import Config
@@ -47,6 +48,7 @@ def compare(design: Design, jobs: int = 1, command: str = "") -> Path:
     folder = RunFolder(design.folder)
     with disk_errors_explained(folder.path), folder.lock():
         _require_validation(design)
+        _check_teachers(design)
         (folder.path / SHARED).mkdir(exist_ok=True)
         runner = Runner(design, jobs)
         searches = [search for block in design.blocks for search in _search(runner, block)]
@@ -83,6 +85,14 @@ def _require_validation(design: Design) -> None:
                 f"expected validation problems to choose learning rates on, found {found} ({block.config.name}); name "
                 "a split in problems.validation, or give one rate with --learning-rates"
             )
+
+
+def _check_teachers(design: Design) -> None:
+    """Raise ConfigError where a method needs another teacher than a block has, before anything is run."""
+    for block in design.blocks:
+        for method in design.trained_methods():
+            rate = block.config.train.learning_rate
+            check_teachers(stages_of(design.trained(block, method, block.config.seed, rate, "epochs")))
 
 
 def _search(runner: Runner, block: Block) -> list[Search]:

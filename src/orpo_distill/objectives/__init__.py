@@ -106,6 +106,7 @@ class Objective(Component):
         "orpo": "orpo_distill.objectives.orpo:Orpo",
         "sft": "orpo_distill.objectives.sft:Sft",
         "sppo": "orpo_distill.objectives.sppo:Sppo",
+        "uld": "orpo_distill.objectives.uld:Uld",
     }
     requires: ClassVar[frozenset[str]] = frozenset()
     """Inputs beyond the chosen side, out of INPUTS."""

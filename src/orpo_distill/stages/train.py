@@ -296,15 +296,15 @@ def _lora_errors_explained() -> Iterator[None]:
 
 def _metrics(course: Course, counts: Mapping[str, int]) -> dict[str, Any]:
     """What the stage did, read from its log: counts over all steps, and the mean of the last steps' losses."""
+    from orpo_distill.steps import COUNTS
+
     lines = [json.loads(line) for line in course.log.read_text(encoding="utf-8").splitlines()]
     last = lines[-FINAL_STEPS:]
     metrics: dict[str, Any] = {
         "steps": len(course.steps),
         "steps_per_round": course.steps_per_round,
         **counts,
-        "pairs": sum(line["pairs"] for line in lines),
-        "traces": sum(line["traces"] for line in lines),
-        "tokens": sum(line["tokens"] for line in lines),
+        **{name: sum(line[name] for line in lines) for name in COUNTS if name in lines[-1]},
         "rejected_probability_max": max(line["rejected_probability_max"] for line in lines),
     }
     if "clamped" in lines[-1]:
