@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -90,6 +90,10 @@ class SharedCache:
         self.cache_option = next(name for name in CACHE_OPTIONS if name in takes)
         self.options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
+    def attention(self) -> AbstractContextManager[None]:
+        """Inside, the model attends to what is held here."""
+        return shared_attention(self.model)
+
     @torch.inference_mode()
     def add(self, prompts: Sequence[tuple[int, ...]], sharing: Sequence[int], rows: int) -> None:
         """Compute prompts, and put `sharing[i]` rows of prompt i behind the last row. At most `rows` are ever held."""
@@ -111,7 +115,7 @@ class SharedCache:
     def logits(self, tokens: Ints, counts: Ints) -> Tensor:
         """Logits (N, V) after one more token (N,) of every row; `counts` (N,) are the tokens it had drawn before.
 
-        Needs `shared_attention` around it.
+        Needs `attention` around it.
         """
         self.texts.fit(self.texts.layers, 0, int(counts.max()) + 1)
         step = Step(self, self._tensor(counts))

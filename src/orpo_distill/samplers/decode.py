@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from orpo_distill import progress
-from orpo_distill.errors import ran_out_of_memory
+from orpo_distill.errors import ModelError, ran_out_of_memory
 from orpo_distill.samplers import Decoding
-from orpo_distill.samplers.cache import SharedCache, shared_attention
+from orpo_distill.samplers.cache import SharedCache
 from orpo_distill.samplers.draw import draw, uniforms
+from orpo_distill.samplers.mixture import MixedCache, Partner
 
 PREFILL_TOKENS = 1 << 14  # prompt tokens (with padding) in one forward pass
 SEATS = 32  # rows that share one computed prompt, at most
@@ -44,6 +45,7 @@ class Drawn:
     tokens: list[int]
     stopped: bool
     error: str = ""
+    end: int | None = None  # the end token, where one was drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class Rules:
     decoding: Decoding
     ends: tuple[int, ...]
     stops: Stops | None = None
+    partner: Partner | None = None  # a model that writes along
 
 
 @dataclass(slots=True)
@@ -141,7 +144,8 @@ class Batch:
         for job in jobs:
             groups.setdefault(job.prompt, []).append(job)
         parts = [group[at : at + SEATS] for group in groups.values() for at in range(0, len(group), SEATS)]
-        self.cache = SharedCache(model, min(self.capacity, max(map(len, parts))))
+        seats = min(self.capacity, max(map(len, parts)))
+        self.cache = MixedCache(model, rules.partner, seats) if rules.partner else SharedCache(model, seats)
         self.waiting = deque(sorted(parts, key=lambda part: -len(part[0].prompt)))
         self.newest = -1
         self.steps = 0
@@ -153,7 +157,7 @@ class Batch:
             self._rearrange()
             if not len(self.rows):
                 return
-            with shared_attention(self.model):
+            with self.cache.attention():
                 while self.rows.done.sum() < max(1.0, LEAVE_SHARE * len(self.rows)):
                     self._step()
                     self.steps += 1
@@ -161,8 +165,8 @@ class Batch:
                         self._look_for_stops(self.rules.stops)
             for row in np.flatnonzero(self.rows.done):
                 tokens = self.rows.text[row, : self.rows.count[row]].tolist()
-                ended = bool(tokens) and tokens[-1] in self.rules.ends
-                yield Drawn(int(self.rows.index[row]), tokens[:-1] if ended else tokens, bool(self.rows.stopped[row]))
+                end = tokens.pop() if tokens and tokens[-1] in self.rules.ends else None
+                yield Drawn(int(self.rows.index[row]), tokens, bool(self.rows.stopped[row]), end=end)
 
     def _rearrange(self) -> None:
         """Drop the rows that are done, and fill their places from the jobs that wait."""
@@ -196,6 +200,8 @@ class Batch:
         logits = self.cache.logits(rows.last, rows.count)
         chance = torch.from_numpy(uniforms(rows.seed, rows.count.astype(np.uint64))).to(logits.device)
         rows.last = draw(logits, chance, self.rules.decoding).cpu().numpy()
+        if rows.last.min() < 0:
+            raise no_probabilities(self.model, self.rules.partner)
         live = np.flatnonzero(~rows.done)
         rows.text[live, rows.count[live]] = rows.last[live]
         rows.count[live] += 1
@@ -208,3 +214,12 @@ class Batch:
         recent = STOP_EVERY + stops.tokens
         tails = [rows.text[row, max(0, rows.count[row] - recent) : rows.count[row]].tolist() for row in live]
         rows.stopped[live] = rows.done[live] = stops.found(tails)
+
+
+def no_probabilities(model: PreTrainedModel, partner: Partner | None = None) -> ModelError:
+    """The error for logits that are no numbers."""
+    both = f" and {type(partner.model).__name__}" if partner else ""
+    return ModelError(
+        f"expected probabilities of the next token from {type(model).__name__}{both}, found NaN; load the weights in "
+        "float32 or bfloat16 (half precision overflows), or look for broken ones"
+    )

@@ -35,7 +35,8 @@ def draw(logits: Tensor, chance: Tensor, decoding: Decoding) -> Tensor:
     """The next token of every row (N,) from `logits` (N, V) and `chance` (N,) float64 in [0, 1).
 
     The token is where the cumulative probability, in the vocabulary's order, first exceeds `chance`: rounding of size
-    e in the logits changes a token with a probability of about e. Temperature 0 takes the likeliest token.
+    e in the logits changes a token with a probability of about e. Temperature 0 takes the likeliest token. A row whose
+    logits are no numbers gets -1.
     """
     if decoding.temperature == 0:
         return logits.argmax(-1)
@@ -55,7 +56,8 @@ def _draw(logits: Tensor, chance: Tensor, decoding: Decoding) -> Tensor:
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)
     last = inside[:, -1:]  # rounding must not lead past it
     rest = torch.minimum(target - before, torch.nextafter(last, torch.zeros_like(last)))
-    return (block * BLOCK + torch.searchsorted(inside, rest, right=True))[:, 0]
+    tokens = block * BLOCK + torch.searchsorted(inside, rest, right=True)
+    return torch.where(target.isnan(), -1, tokens)[:, 0]
 
 
 def kept(logits: Tensor, decoding: Decoding) -> Tensor:

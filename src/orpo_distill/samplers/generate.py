@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,21 +13,23 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from orpo_distill import progress
 from orpo_distill.errors import ran_out_of_memory
-from orpo_distill.samplers.decode import Drawn, Job, Rules
+from orpo_distill.samplers.decode import Drawn, Job, Rules, no_probabilities
 from orpo_distill.samplers.draw import draw, uniforms
 
 
 class OwnDraw(LogitsProcessor):
     """Leaves `generate` one token to choose from: the one that each row's own stream of random numbers draws."""
 
-    def __init__(self, seeds: Sequence[int], width: int, rules: Rules) -> None:
+    def __init__(self, model: PreTrainedModel, seeds: Sequence[int], width: int, rules: Rules) -> None:
         self.seeds = np.array([seed % 2**64 for seed in seeds], np.uint64)
-        self.width, self.rules = width, rules
+        self.model, self.width, self.rules = model, width, rules
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         steps = np.full_like(self.seeds, input_ids.shape[1] - self.width)
         chance = torch.from_numpy(uniforms(self.seeds, steps)).to(scores.device)
         tokens = draw(scores.float(), chance, self.rules.decoding)
+        if (tokens < 0).any():
+            raise no_probabilities(self.model)
         return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
 
 
@@ -36,7 +39,22 @@ def decode_by_generate(model: PreTrainedModel, jobs: Sequence[Job], rules: Rules
     Where the model's context ends a text, it ends all texts of the wave that are still going on, as cut for length.
     Running out of memory halves the waves; a job that fails alone yields an error.
     """
-    model.generation_config = _settings()  # the checkpoint's sampling defaults would leak in
+    with _without_defaults(model):
+        yield from _waves(model, jobs, rules, rows)
+
+
+@contextmanager
+def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the checkpoint's own sampling defaults cannot leak in."""
+    defaults = model.generation_config
+    model.generation_config = _settings()
+    try:
+        yield
+    finally:
+        model.generation_config = defaults
+
+
+def _waves(model: PreTrainedModel, jobs: Sequence[Job], rules: Rules, rows: int) -> Iterator[Drawn]:
     waiting = sorted(jobs, key=lambda job: -len(job.prompt))
     while waiting:
         wave = waiting[:rows]
@@ -83,10 +101,11 @@ def _wave(model: PreTrainedModel, wave: Sequence[Job], rules: Rules) -> list[Dra
         torch.from_numpy(ids).to(model.device),
         attention_mask=torch.from_numpy(mask).to(model.device),
         generation_config=config,
-        logits_processor=LogitsProcessorList([OwnDraw([job.seed for job in wave], width, rules)]),
+        logits_processor=LogitsProcessorList([OwnDraw(model, [job.seed for job in wave], width, rules)]),
     )
     found = []
     for job, tokens in zip(wave, output[:, width:].tolist(), strict=True):
-        end = next((place for place, token in enumerate(tokens) if token in rules.ends), None)
-        found.append(Drawn(job.index, tokens[:end], stopped=end is not None))
+        place = next((place for place, token in enumerate(tokens) if token in rules.ends), None)
+        end = None if place is None else tokens[place]
+        found.append(Drawn(job.index, tokens[:place], stopped=end is not None, end=end))
     return found
