@@ -56,11 +56,17 @@ UNUSUAL = tuple(name for name in _SIZES if name not in ARCHITECTURES)
 _SIZES["mixtral"] = {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 2}
 
 
-def tiny_tokenizer(vocab: str = "", chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """One token a byte, or one a character of `vocab`; after four special tokens. Puts BOS first, like Llama's."""
+def tiny_tokenizer(
+    vocab: str = "", chat_template: str | None = None, merges: tuple[tuple[str, str], ...] = ()
+) -> PreTrainedTokenizerFast:
+    """One token a byte, or one a character of `vocab`; after four special tokens. Puts BOS first, like Llama's.
+
+    `merges` of two tokens each add one.
+    """
     letters = sorted(set(vocab)) or sorted(pre_tokenizers.ByteLevel.alphabet())
-    ids = {token: number for number, token in enumerate((*SPECIAL, *letters))}
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    merged = [one + other for one, other in merges]
+    ids = {token: number for number, token in enumerate((*SPECIAL, *letters, *merged))}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=list(merges)))
     if vocab:
         tokenizer.decoder = decoders.Fuse()
     else:
@@ -80,14 +86,19 @@ def tiny_tokenizer(vocab: str = "", chat_template: str | None = None) -> PreTrai
 
 
 def save_tiny_checkpoint(
-    folder: Path, architecture: str = "llama", vocab: str = "", seed: int = 0, chat_template: str | None = None
+    folder: Path,
+    architecture: str = "llama",
+    vocab: str = "",
+    seed: int = 0,
+    chat_template: str | None = None,
+    merges: tuple[tuple[str, str], ...] = (),
 ) -> Path:
     """Save a random model of one of `ARCHITECTURES` (2 layers of 16) with its tokenizer in `folder`; returns it.
 
-    `vocab` holds the characters the model knows; none means every byte. Weights are large enough that the
-    distributions are far from uniform.
+    `vocab` holds the characters the model knows; none means every byte. `merges` are the tokenizer's. Weights are large
+    enough that the distributions are far from uniform.
     """
-    tokenizer = tiny_tokenizer(vocab, chat_template)
+    tokenizer = tiny_tokenizer(vocab, chat_template, merges)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     sizes = {
         "hidden_size": 16,

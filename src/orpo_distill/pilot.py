@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orpo_distill.additions import teacher_in_training
 from orpo_distill.config import Config
 from orpo_distill.experiment import run
-from orpo_distill.given import nothing_known, with_given
+from orpo_distill.given import SOURCES, nothing_known, with_given
 from orpo_distill.groups import Row, default_steps, tokenize
 from orpo_distill.mixing import foreseen_phi
 from orpo_distill.models import load_model, load_tokenizer, pick_device
@@ -23,6 +24,7 @@ from orpo_distill.packing import collate, micro_batches
 from orpo_distill.progress import say
 from orpo_distill.records import Pair, read_jsonl
 from orpo_distill.runs import RunFolder, read_manifest
+from orpo_distill.teaching import Teacher
 
 MOST_TIMED = 4  # micro-batches
 
@@ -88,10 +90,13 @@ def seconds_a_pair(config: Config, pairs: Path) -> float:
     batches = itertools.chain.from_iterable(micro_batches(step, train.tokens_per_batch) for step in steps)
     timed = list(itertools.islice(batches, MOST_TIMED))
     given = nothing_known(objective.requires, rows)
+    options = teacher_in_training(config, objective)
+    teacher = Teacher(options, objective, tokenizer, rows) if options else None
 
-    def work(batch: Sequence[Row]) -> None:
-        scored = score(model, collate(batch, objective.scores_prompt, device), 1.0)
-        loss: Any = objective(with_given(scored, batch, given)).per_pair.sum()
+    def work(rows: Sequence[Row]) -> None:
+        batch = collate(rows, objective.scores_prompt, device)
+        scored = score(model, batch, 1.0, teacher.read(rows, batch) if teacher else None)
+        loss: Any = objective(with_given(scored, rows, given)).per_pair.sum()
         loss.backward()
         loss.item()  # waits for the device
 
@@ -104,8 +109,12 @@ def seconds_a_pair(config: Config, pairs: Path) -> float:
 
 def _others(config: Config) -> str:
     """What the forecast leaves out."""
-    scores = ["scores of given texts"] if config.objective.requires - {"rejected"} else []
-    return ", ".join(["evaluation", *(["warm-up"] if config.warmup else []), *scores]) + " and loading"
+    left_out = {
+        "warm-up": config.warmup is not None,
+        "scores of given texts": config.objective.requires & SOURCES.keys(),
+        "texts written in training": config.objective.writing is not None,
+    }
+    return ", ".join(["evaluation", *(name for name, is_so in left_out.items() if is_so)]) + " and loading"
 
 
 def _minutes(seconds: float) -> str:

@@ -18,7 +18,6 @@ from orpo_distill.groups import Row, Tokens
 from orpo_distill.models import Dtype, load_model, load_tokenizer, pick_device
 from orpo_distill.objectives import Compared, Objective
 from orpo_distill.packing import Batch, collate
-from orpo_distill.progress import say
 from orpo_distill.records import Message
 from orpo_distill.samplers.hf import context_length
 from orpo_distill.samplers.prompts import encode_prompts
@@ -78,13 +77,8 @@ class Teacher:
         self.device = pick_device(options.device)
         self.model: Any = load_model(options.model, options.dtype, self.device, options.trust_remote_code)
         longest = max(map(self.row, rows), key=lambda row: row.length)
-        if (limit := context_length(self.model)) is not None and longest.length > limit:
-            raise ConfigError(
-                f"expected texts within the teacher's context, {limit} tokens, found one of {longest.length} with its "
-                "prompt; lower train.max_length"
-            )
-        for reason in prepare(self.model, [longest]).reasons:
-            say(f"  the teacher: {reason}; what it says is right, but slower")
+        self._require_fitting(longest)
+        self.reasons = prepare(self.model, [longest]).reasons  # why it is slower than it might be
 
     def row(self, row: Row) -> Row:
         """A row of the student's in the teacher's tokens, behind the teacher's prompt."""
@@ -101,7 +95,9 @@ class Teacher:
 
         from orpo_distill.head import Against
 
-        own = collate([self.row(row) for row in rows], False, self.device)
+        read = [self.row(row) for row in rows]
+        self._require_fitting(max(read, key=lambda row: row.length))
+        own = collate(read, False, self.device)
         with torch.no_grad():
             logits = self.model(packed=own, read=lambda logits, labels: logits)
         trace, ours, theirs = self._spans(rows, batch, own)
@@ -112,6 +108,13 @@ class Teacher:
 
         same = not self.objective.across_tokenizers
         return Against(logits, own.labels, theirs, ours, trace, divergence, same)
+
+    def _require_fitting(self, row: Row) -> None:
+        if (limit := context_length(self.model)) is not None and row.length > limit:
+            raise ConfigError(
+                f"expected texts within the teacher's context, {limit} tokens, found one of {row.length} with its "
+                "prompt; lower train.max_length, or objective.max_new_tokens where the student writes texts"
+            )
 
     def require_finite(self, compared: Compared, rows: Sequence[Row], batch: Batch) -> None:
         """Raise ModelError, naming the row, where the teacher's log-probabilities are not finite."""

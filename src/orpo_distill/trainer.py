@@ -100,12 +100,12 @@ class GroupTrainer(Trainer):
         self.add_callback(_Flow(self, watch))
         self.course = course
         self.tokenizer = tokenizer
+        self.writer = self._writer(model)  # of texts in the step; made before the model is prepared
         longest = max((row for step in course.steps for row in step), key=lambda row: row.length)
         route = prepare(model, [longest], bool(args.activation_checkpointing))
         self.size = packed_tokens if route.groups else padded_tokens
         for reason in route.reasons if args.process_index == 0 else ():
             say(f"  {type(model).__name__}: {reason}; training is right, but slower and larger")
-        self.writer = self._writer(model)  # of texts in the step
         self.under_way: Sequence[Row] = ()  # the rows of the micro-batch in memory
         self._step: Step
         self._pending: list[Step] = []  # steps not yet in the log

@@ -34,7 +34,7 @@ from orpo_distill.groups import Row, default_steps, schedule, tokenize
 from orpo_distill.interrupt import deferred
 from orpo_distill.models import begin_from, load_model, load_tokenizer
 from orpo_distill.objectives import Objective
-from orpo_distill.progress import progress
+from orpo_distill.progress import progress, say
 from orpo_distill.records import Pair, read_jsonl, write_text
 from orpo_distill.samplers.hf import context_length
 from orpo_distill.teaching import Teacher, TeacherOptions
@@ -139,7 +139,10 @@ def _run(
 def _teacher(options: TrainOptions, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
     if options.teacher is None:
         return None
-    return Teacher(options.teacher, options.objective, tokenizer, rows)
+    teacher = Teacher(options.teacher, options.objective, tokenizer, rows)
+    for reason in teacher.reasons if _is_main_process() else ():
+        say(f"  the teacher: {reason}; reading with it is slower and larger")
+    return teacher
 
 
 def label_of(options: TrainOptions) -> str:
