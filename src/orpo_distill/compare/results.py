@@ -126,8 +126,8 @@ class Result:
         return {
             "steps": sum(each["steps"] for each in trained),
             "trained_tokens": sum(each["tokens"] for each in trained),
-            "sampled_tokens": sampled,
-            "scored_tokens": scored,
+            "sampled_tokens": sampled + sum(each.get("written_tokens", 0) for each in trained),
+            "scored_tokens": scored + sum(each.get("teacher_tokens", 0) for each in trained),
             "seconds": round(seconds, 1),
         }
 
