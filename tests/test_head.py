@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from orpo_distill import head
-from orpo_distill.head import label_logps, pick
+from orpo_distill.head import Logits, label_logps, pick
 
 
 def expected_logps(hidden: Tensor, layer: nn.Linear, labels: Tensor, softcap: float | None) -> Tensor:
@@ -31,7 +31,7 @@ def test_same_as_full_logits(softcap: float | None, recompute: bool, count: int,
     hidden, layer = torch.randn(count, 8, requires_grad=True), nn.Linear(8, vocabulary)
     labels = torch.randint(vocabulary, (count,))
     of = hidden, layer.weight, layer.bias
-    found = label_logps(hidden, layer, labels, softcap, recompute)
+    found = label_logps(Logits(hidden, layer, softcap), labels, recompute)
     expected = expected_logps(hidden, layer, labels, softcap)
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), expected, atol=1e-5)
@@ -49,7 +49,7 @@ def kept_bytes(vocabulary: int, count: int, recompute: bool) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        label_logps(hidden, layer, torch.zeros(count, dtype=torch.long), None, recompute)
+        label_logps(Logits(hidden, layer), torch.zeros(count, dtype=torch.long), recompute)
     for own in (hidden, layer.weight):
         kept.pop(own.untyped_storage().data_ptr(), None)
     return sum(kept.values())
@@ -69,7 +69,7 @@ def test_bfloat16_logits_are_summed_in_float32() -> None:
     hidden, layer = torch.randn(70, 8, dtype=torch.bfloat16), nn.Linear(8, 5_000, bias=False, dtype=torch.bfloat16)
     labels = torch.randint(5_000, (70,))
     expected = layer(hidden).double().log_softmax(-1)[torch.arange(70), labels]
-    assert torch.allclose(label_logps(hidden, layer, labels).double(), expected, atol=1e-5)
+    assert torch.allclose(label_logps(Logits(hidden, layer), labels).double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "count"), list(product([torch.float32, torch.bfloat16], [1, 64, 130])))

@@ -29,6 +29,7 @@ from tests.training import objective, ragged_pairs, rows_of
 
 PREFIX = "Be brief."
 GKD = {"student_share": 0.0}
+SIGNS = 2e-3  # where two probabilities are equal but for rounding, so is the sign of the distance's gradient
 
 
 class BothSides(Gkd):
@@ -90,13 +91,23 @@ def naive_step(folder: Path, teacher: Path, rows: Sequence[Row], beta: float, bo
     return value.item(), gradients(student)
 
 
-@pytest.mark.parametrize("architecture", ["llama_tied", "gpt_neox", "gemma3_tied", "cohere2", "mamba"])
-@pytest.mark.parametrize("reader", ["llama", "mamba"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reader"),
+    [
+        ("gemma3_tied", "gemma2"),
+        ("cohere2", "mamba"),
+        pytest.param("gpt_neox", "llama", marks=SLOW),
+        pytest.param("mamba", "llama", marks=SLOW),
+    ],
+)
 def test_step_equals_one_pair_at_a_time(architecture: str, reader: str, tmp_path: Path) -> None:
-    """gemma3_tied caps its logits, cohere2 makes them itself, mamba pads; 64 tokens a micro-batch cut groups."""
+    """Gemmas cap their logits, cohere2 makes them itself, mamba pads; 64 tokens a micro-batch cut groups."""
     folder = save_tiny_checkpoint(tmp_path / "model", architecture)
     teacher = save_tiny_checkpoint(tmp_path / "teacher", reader, seed=1, chat_template=CHAT_TEMPLATE)
-    rows = rows_of(folder, ragged_pairs(4), with_rejected=False)
+    rows = rows_of(folder, ragged_pairs(3), with_rejected=False)
     loss = objective("gkd", beta=0.3, **GKD)
     expected = naive_step(folder, teacher, rows, 0.3)
     for budget in (1000, 64):
@@ -110,7 +121,7 @@ def test_both_sides_and_chunks_of_a_few_positions(beta: float, tmp_path: Path, m
     monkeypatch.setattr(head, "ROWS", 7)
     folder = save_tiny_checkpoint(tmp_path / "model")
     teacher = save_tiny_checkpoint(tmp_path / "teacher", "qwen3", seed=1)
-    rows = rows_of(folder, ragged_pairs(4))
+    rows = rows_of(folder, ragged_pairs(3))
     expected = naive_step(folder, teacher, rows, beta, both=True)
     assert_same(taught_step(folder, teacher, BothSides(beta=beta, **GKD), rows, 100), expected)
 
@@ -213,7 +224,7 @@ def naive_spans(ends: list[int], others: list[int]) -> list[tuple[tuple[int, int
     return [((a, b), (c, d)) for (a, c), (b, d) in zip(starts, stops, strict=True)]
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "mamba"])
+@pytest.mark.parametrize("architecture", ["gpt_neox", pytest.param("mamba", marks=SLOW)])
 def test_uld_across_tokenizers_equals_a_loop_over_spans(architecture: str, tmp_path: Path) -> None:
     folder = save_tiny_checkpoint(tmp_path / "model", architecture, merges=STUDENT)
     teacher = save_tiny_checkpoint(tmp_path / "teacher", "llama", seed=1, merges=TEACHER, chat_template=CHAT_TEMPLATE)
@@ -222,7 +233,8 @@ def test_uld_across_tokenizers_equals_a_loop_over_spans(architecture: str, tmp_p
     assert longest >= 2
     for budget in (1000, 60):
         found = taught_step(folder, teacher, objective("uld", weight=0.8), rows, budget)
-        assert_same(found, expected)
+        assert found[0] == pytest.approx(expected[0], rel=1e-5)
+        assert_same(found, expected, SIGNS)
 
 
 def test_uld_with_one_tokenizer_has_a_span_a_token(tmp_path: Path) -> None:
@@ -232,7 +244,9 @@ def test_uld_with_one_tokenizer_has_a_span_a_token(tmp_path: Path) -> None:
     rows = rows_of(folder, ragged_pairs(3), with_rejected=False)
     expected, longest = naive_uld(folder, teacher, rows, 1.5)
     assert longest == 1
-    assert_same(taught_step(folder, teacher, objective("uld"), rows, 100), expected)
+    found = taught_step(folder, teacher, objective("uld"), rows, 100)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert_same(found, expected, SIGNS)
 
 
 def test_a_teacher_that_is_the_student_is_at_no_distance(tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def compare(logits: Logits, labels: Tensor, against: Against) -> tuple[Tensor, T
         student = logits[own], labels[own], later[at]
         teacher = against.logits[other], against.labels[other], read[at]
         if torch.is_grad_enabled():
-            found.append(checkpoint(_compare, *student, *teacher, against, use_reentrant=False))
+            # Early stopping is by an exception, which would go through an objective's code.
+            found.append(checkpoint(_compare, *student, *teacher, against, use_reentrant=False, early_stop=False))
         else:
             found.append(_compare(*student, *teacher, against))
     first, read_first, divergence = torch.cat(found, dim=1)
