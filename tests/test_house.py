@@ -142,6 +142,7 @@ def test_speed_only_options_are_exactly_these() -> None:
         "launch",
         "ledger",
         "runs",
+        "teacher.scorer_device",
         "train.tokens_per_batch",
         "train.gradient_checkpointing",
         "train.checkpoint_minutes",

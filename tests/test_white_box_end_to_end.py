@@ -19,12 +19,12 @@ from orpo_distill.loading import load_config
 from orpo_distill.pilot import seconds_a_pair
 from orpo_distill.preview import plan_table
 from tests.checkpoints import save_tiny_checkpoint
-from tests.test_alignment import TEACHER
 from tests.test_end_to_end import COMMAND, cli, experiment, stable_files
 
 GKD = {"type": "gkd", "student_share": 0.5, "max_new_tokens": 12}
 QUIET = {"evaluate": {"teacher": False}, "mechanisms": {"enabled": False}}
 ALL_SAVED = {"pairs_per_step": 4, "learning_rate": 1e-3, "max_length": 256, "checkpoint_minutes": 1e-6}
+OTHER = (("T", "h"), ("i", "s"), ("e", "r"))  # merges of a teacher with tokens of its own
 
 
 def taught(folder: Path, merges: tuple[tuple[str, str], ...] = (), **changes: Any) -> Path:
@@ -34,7 +34,7 @@ def taught(folder: Path, merges: tuple[tuple[str, str], ...] = (), **changes: An
         save_tiny_checkpoint(scorer, "gpt_neox", seed=7, merges=merges)
     sampler = {"type": "scripted", "path": str(folder / "teacher.jsonl")}
     teacher = {"model": "script", "samples": 2, "sampler": sampler, "scorer": str(scorer)}
-    return experiment(folder, **{"teacher": teacher, "objective": GKD, "train": ALL_SAVED, **QUIET, **changes})
+    return experiment(folder, **{"teacher": teacher, "objective": GKD, **QUIET, **changes})
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -42,7 +42,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_another_vocabulary_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    config = load_config(taught(tmp_path, TEACHER))
+    config = load_config(taught(tmp_path, OTHER))
     message = "expected a teacher with the student's vocabulary for gkd, found that 3 tokens differ"
     with pytest.raises(ConfigError, match=message):
         run(config)
@@ -53,7 +53,7 @@ def test_another_vocabulary_is_refused_before_anything_is_made(tmp_path: Path) -
     with pytest.raises(ConfigError, match=message):
         compare(design_of([config], asked))
     assert not (tmp_path / "runs/both/shared").exists()
-    assert plan_table(load_config(taught(tmp_path, TEACHER, objective="uld")))[1] == []
+    assert plan_table(load_config(taught(tmp_path, OTHER, objective="uld")))[1] == []
 
 
 @pytest.mark.parametrize("name", ["gkd", "uld"])
@@ -66,7 +66,7 @@ def test_a_teacher_of_texts_alone_is_refused_at_once(name: str, tmp_path: Path) 
 
 
 def test_uld_trains_across_tokenizers(tmp_path: Path) -> None:
-    folder = run(load_config(taught(tmp_path, TEACHER, objective="uld", rounds=1)), until="round-1/train")
+    folder = run(load_config(taught(tmp_path, OTHER, objective="uld", rounds=1)), until="round-1/train")
     metrics = json.loads((folder / "round-1/train/train.json").read_text())
     assert metrics["teacher_tokens"] > 0 and "written_tokens" not in metrics
     log = lines(folder / "round-1/train/log.jsonl")
@@ -77,10 +77,10 @@ def test_uld_trains_across_tokenizers(tmp_path: Path) -> None:
 def test_killed_between_steps_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """Half of the texts are written in the step: the coins and the texts are those of the run without a kill."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert cli("run", taught(whole)).returncode == 0
+    assert cli("run", taught(whole, train=ALL_SAVED)).returncode == 0
     log = lines(whole / "runs/demo/round-2/train/log.jsonl")
     assert any(line["written_tokens"] for line in log) and all(line["teacher_tokens"] for line in log)
-    path = taught(killed)
+    path = taught(killed, train=ALL_SAVED)
     for checkpoint in ("round-1/train/checkpoint-2", "round-2/train/checkpoint-8"):
         process = subprocess.Popen([*COMMAND, "run", str(path)], stderr=subprocess.DEVNULL, env={**os.environ})
         while not (killed / "runs/demo" / checkpoint).exists():

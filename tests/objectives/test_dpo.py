@@ -166,7 +166,7 @@ def test_all_ask_for_the_scores_that_they_use(loss: Objective) -> None:
     assert ("teacher_scores" in loss.requires) == isinstance(loss, DaDpo)
     teacher = TEACHER if "teacher_scores" in loss.requires else None
     assert loss(scored(STUDENT, REFERENCE, teacher)).per_pair.shape == (2,)
-    with pytest.raises(ValueError, match="expected the scores that the objective requires, found none"):
+    with pytest.raises(ValueError, match="expected what the objective requires, found none"):
         loss(scored(STUDENT))
 
 

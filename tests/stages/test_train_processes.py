@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from orpo_distill.models import load_model
+from orpo_distill.teaching import TeacherOptions
 from tests.checkpoints import save_tiny_checkpoint
-from tests.training import options, ragged_pairs, run_train, weights, write_pairs
+from tests.training import objective, options, ragged_pairs, run_train, weights, write_pairs
 
 DRIVER = Path(__file__).with_name("train_driver.py")
 
@@ -124,12 +125,18 @@ def test_too_little_memory_names_the_setting_and_the_longest_group(tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("problems", [7, 1])
-def test_two_processes_equal_one(tmp_path: Path, problems: int) -> None:
-    """3 micro-batches a step do not divide by 2; with 1 problem the second process has nothing to do."""
+@pytest.mark.parametrize(("problems", "loss"), [(7, "orpo"), (1, "orpo"), (7, "gkd")])
+def test_two_processes_equal_one(tmp_path: Path, problems: int, loss: str) -> None:
+    """3 micro-batches a step do not divide by 2; with 1 problem the second process has nothing to do.
+
+    With gkd each process writes its share of the student's texts, and reads all.
+    """
     model = save_tiny_checkpoint(tmp_path / "model")
     pairs = write_pairs(tmp_path / "pairs", ragged_pairs(problems))
-    what = options(model, (1, 2, 2), pairs_per_step=5, tokens_per_batch=80)
+    what = options(model, (1, 2, 2), objective(loss), pairs_per_step=5, tokens_per_batch=80)
+    if loss == "gkd":
+        teacher = TeacherOptions(model=str(save_tiny_checkpoint(tmp_path / "teacher", seed=1)))
+        what = what.model_copy(update={"teacher": teacher, "objective": objective(loss, max_new_tokens=20)})
     run_train(what, pairs, tmp_path / "one")
     # Without a GPU `--multi_gpu` means two processes on the CPU; `--cpu` would start one, whatever the number.
     launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
