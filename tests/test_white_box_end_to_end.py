@@ -106,7 +106,7 @@ def test_compared_with_the_others(tmp_path: Path) -> None:
     folder = tmp_path / "runs/demo-compare"
     cells = {cell["method"]: cell for cell in json.loads((folder / "compare.json").read_bytes())["cells"]}
     assert set(cells) == {"zero-shot", "diverse-cot", "uld", "gkd"}
-    assert cells["gkd"]["teacher_tokens"] > cells["diverse-cot"]["teacher_tokens"] == 0
+    assert cells["gkd"]["scored_tokens"] > cells["diverse-cot"]["scored_tokens"] == 0
     assert cells["gkd"]["sampled_tokens"] > cells["uld"]["sampled_tokens"]
     assert (folder / "gkd-epochs-s0/round-1/pairs").samefile(folder / "diverse-cot-epochs-s0/round-1/pairs")
 

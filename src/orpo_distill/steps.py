@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from orpo_distill.groups import Row
+from orpo_distill.groups import Row, Tokens
 from orpo_distill.records import write_text
 
 COUNTS = ("pairs", "traces", "tokens", "teacher_tokens", "written_tokens")
@@ -70,7 +70,7 @@ class Step:
 
     def line(self, round_number: int, sums: Sequence[float], rejected_max: float, grad_norm: float) -> dict[str, Any]:
         """The step's line in the log. Nothing in it depends on time or machine."""
-        traces = {(row.prompt, trace) for row in self.rows for trace in row.traces}
+        traces = distinct_traces(self.rows)
         return {
             "step": self.number + 1,
             "round": round_number,
@@ -80,9 +80,14 @@ class Step:
             "learning_rate": self.learning_rate,
             "pairs": len(self.rows),
             "traces": len(traces),
-            "tokens": sum(len(trace) for _, trace in traces),
+            "tokens": sum(map(len, traces)),
             **self.beside,
         }
+
+
+def distinct_traces(rows: Iterable[Row]) -> list[Tokens]:
+    """The rows' traces, each once behind its prompt."""
+    return [trace for _, trace in {(row.prompt, trace) for row in rows for trace in row.traces}]
 
 
 def cut_log(log: Path, step: int) -> None:

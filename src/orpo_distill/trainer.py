@@ -34,7 +34,7 @@ from orpo_distill.progress import say
 from orpo_distill.records import derive_seed
 from orpo_distill.rollouts import Writer, rollout_seeds
 from orpo_distill.scoring import prepare, score
-from orpo_distill.steps import Step, means
+from orpo_distill.steps import Step, distinct_traces, means
 from orpo_distill.teaching import Teacher
 
 CHECKPOINTS_KEPT = 2
@@ -161,10 +161,10 @@ class GroupTrainer(Trainer):
         return [row.written(found.get(place, ()), writing.keeps_chosen) for place, row in enumerate(rows)]
 
     def _beside(self, rows: Sequence[Row]) -> dict[str, int]:
-        """What a step costs beside scoring: the tokens that the teacher reads, those that the student writes."""
+        """What a step costs beside scoring: response tokens that the teacher reads, and that the student writes."""
         found = {}
         if teacher := self.course.teacher:
-            found["teacher_tokens"] = packed_tokens([teacher.row(row) for row in rows])
+            found["teacher_tokens"] = sum(map(len, distinct_traces(map(teacher.row, rows))))
         if self.writer:
             found["written_tokens"] = sum(len(row.rollout) for row in rows)
         return found
