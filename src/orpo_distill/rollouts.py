@@ -7,7 +7,7 @@ checkpoint, and training that was interrupted draws the same texts again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from orpo_distill.samplers.mixture import Partner
+
 ROWS = 512  # texts written at once; halved when memory runs out
 
 
@@ -38,7 +40,7 @@ class Rollout:
 class Writer:
     """A model in training as a writer of texts, its teacher beside it where tokens are drawn from both.
 
-    Make it before `scoring.prepare`, of the model that several processes would wrap; adapters around it are fine.
+    Both may be prepared for scoring; the student may have adapters around it, but nothing for several processes.
     """
 
     def __init__(
@@ -52,64 +54,75 @@ class Writer:
         from orpo_distill.samplers.cache import manages
 
         self.student, self.writing = student, writing
-        self.model = _inner(student)
-        self.forward, self.attention = self.model.forward, self.model.config._attn_implementation
+        self.model: Any = getattr(student, "get_base_model", lambda: student)()  # without what peft puts around it
+        self.teacher: Any = teacher
         self.ends = end_tokens(self.model.generation_config, tokenizer)
-        self.partner = _inner(teacher) if teacher is not None and writing.teacher_share else None
-        with self._as_sampler():
-            unmanaged = [one for one in (self.model, self.partner) if one is not None and not manages(one)]
+        mixes = teacher is not None and writing.teacher_share > 0
+        with self._eval_mode():
+            unmanaged = [one for one in (self.model, *([teacher] if mixes else [])) if not manages(one)]
         self.own_loop = not unmanaged
-        if unmanaged and self.partner is not None:
+        if unmanaged and mixes:
             raise ConfigError(
                 "expected models whose cache the sampler can hold, to draw tokens from teacher and student together, "
                 f"found {type(unmanaged[0]).__name__}; set objective.teacher_share: 0"
             )
 
-    def __call__(self, prompts: Sequence[Tokens], seeds: Sequence[int]) -> list[Rollout]:
+    def __call__(
+        self, prompts: Sequence[Tokens], seeds: Sequence[int], read: Sequence[Tokens] | None = None
+    ) -> list[Rollout]:
         """One text a prompt, (B,), each from its own stream of random numbers. Equal prompts are computed once.
 
-        The model is in eval mode meanwhile, and nothing is kept for gradients. Raises TrainingError for a text that
-        does not fit into memory alone, ModelError where probabilities are NaN.
+        `read` has the prompts as the teacher reads them, if not as the student does. A text ends where the context of
+        one of the two does. The student is in eval mode meanwhile, and nothing is kept for gradients. Raises
+        TrainingError for a text that does not fit into memory alone, ModelError where probabilities are NaN.
         """
         from orpo_distill.samplers.decode import Job, Rules, decode
         from orpo_distill.samplers.generate import decode_by_generate
-        from orpo_distill.samplers.mixture import Partner
 
-        most, context = self.writing.max_new_tokens, context_length(self.model)
+        read = prompts if read is None else read
         jobs = [
-            Job(place, prompt, seed, most if context is None else min(most, context - len(prompt)))
-            for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+            Job(place, prompt, seed, self._room(prompt, other))
+            for place, (prompt, seed, other) in enumerate(zip(prompts, seeds, read, strict=True))
         ]
         if not jobs:
             return []
-        decoding = Decoding(temperature=self.writing.temperature, max_new_tokens=most)
-        partner = None if self.partner is None else Partner(self.partner, self.writing.teacher_share)
+        decoding = Decoding(temperature=self.writing.temperature, max_new_tokens=self.writing.max_new_tokens)
+        rules = Rules(decoding, self.ends, partner=self._partner(dict(zip(prompts, read, strict=True))))
+        run = decode if self.own_loop else decode_by_generate
         found: dict[int, Rollout] = {}
-        with self._as_sampler():
-            run = decode if self.own_loop else decode_by_generate
-            for drawn in run(self.model, jobs, Rules(decoding, self.ends, partner=partner), ROWS):
+        with self._eval_mode():
+            for drawn in run(self.model, jobs, rules, ROWS):
                 if drawn.error:
+                    job = jobs[drawn.index]
                     raise TrainingError(
-                        f"expected memory for a rollout of {most} tokens behind a prompt of "
-                        f"{len(prompts[drawn.index])}, found: {drawn.error}; lower objective.max_new_tokens"
+                        f"expected memory for a rollout of {job.limit} tokens behind a prompt of {len(job.prompt)}, "
+                        f"found: {drawn.error}; lower objective.max_new_tokens"
                     )
                 end = () if drawn.end is None else (drawn.end,)
                 found[drawn.index] = Rollout((*drawn.tokens, *end), cut=drawn.end is None)
         return [found[place] for place in range(len(jobs))]
 
+    def _room(self, prompt: Tokens, read: Tokens) -> int:
+        """The most tokens behind a prompt."""
+        limits = [(context_length(self.model), prompt)]
+        if self.teacher is not None:
+            limits.append((context_length(self.teacher), read))
+        rooms = [context - len(tokens) for context, tokens in limits if context is not None]
+        return min([self.writing.max_new_tokens, *rooms])
+
+    def _partner(self, prompts: Mapping[Tokens, Tokens]) -> Partner | None:
+        from orpo_distill.samplers.mixture import Partner
+
+        share = self.writing.teacher_share
+        return Partner(self.teacher, share, prompts) if self.teacher is not None and share else None
+
     @contextmanager
-    def _as_sampler(self) -> Iterator[None]:
-        """Inside, the student is in eval mode and computes as it did when the writer was made."""
-        model, training = self.model, self.student.training
-        forward, attention = model.forward, model.config._attn_implementation
+    def _eval_mode(self) -> Iterator[None]:
+        training = self.student.training
         self.student.eval()
-        model.forward = self.forward
-        model.set_attn_implementation(self.attention)
         try:
             yield
         finally:
-            model.set_attn_implementation(attention)
-            model.forward = forward
             self.student.train(training)
 
 
@@ -122,8 +135,3 @@ def rollout_seeds(rows: Sequence[Row], seed: int, step: int) -> list[int]:
         seeds.append(derive_seed(seed, "rollout", step, problem, before[problem]))
         before[problem] += 1
     return seeds
-
-
-def _inner(model: nn.Module) -> Any:
-    """The model of transformers, without what peft puts around it."""
-    return getattr(model, "get_base_model", lambda: model)()

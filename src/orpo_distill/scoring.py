@@ -181,6 +181,7 @@ class _Forward:
     def __init__(self, model: Any, route: Route) -> None:
         self.route = route
         self.own = model.forward
+        self.__signature__ = inspect.signature(type(model).forward)  # `generate` looks at it
         self.attention: str = model.config._attn_implementation
         self.picks = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
@@ -205,13 +206,15 @@ class _Forward:
 
     @contextmanager
     def _ordinary_attention(self, model: Any) -> Iterator[None]:
-        """The attention that the model had before it was prepared."""
-        now = model.config._attn_implementation
+        """The attention that the model had before it was prepared, unless another one was set since."""
+        if model.config._attn_implementation != attention.NAME:
+            yield
+            return
         model.set_attn_implementation(self.attention)
         try:
             yield
         finally:
-            model.set_attn_implementation(now)
+            model.set_attn_implementation(attention.NAME)
 
     def _inputs(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
         """What the model takes, and where among the flattened positions each label is predicted."""

@@ -63,6 +63,11 @@ class Step:
         total = sum(len(row.chosen) + (len(row.prompt) - 1 if with_prompt else 0) for row in self.rows)
         return total / len(self.rows)
 
+    @property
+    def mean_rollout_tokens(self) -> float:
+        """The same of what the student wrote, or else the chosen side."""
+        return sum(len(row.rollout or row.chosen) for row in self.rows) / len(self.rows)
+
     def not_finite(self) -> list[str]:
         """The rows of this process whose loss is not finite, with the loss."""
         losses = torch.cat([values[0] for values in self.values]).tolist()

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,10 @@ class GroupTrainer(Trainer):
         drawn = written_for(rows, writing.share, self.args.seed, number)
         seeds = rollout_seeds(rows, self.args.seed, number)
         own = drawn[self.args.process_index :: self.args.world_size]
+        teacher = self.course.teacher
+        read = [(teacher.row(rows[place]) if teacher else rows[place]).prompt for place in own]
         with self.accelerator.autocast():
-            texts = self.writer([rows[place].prompt for place in own], [seeds[place] for place in own])
+            texts = self.writer([rows[place].prompt for place in own], [seeds[place] for place in own], read)
         found = {place: text.tokens for place, text in zip(own, texts, strict=True)}
         if self.args.world_size > 1:
             from accelerate.utils import gather_object
@@ -178,6 +180,7 @@ class GroupTrainer(Trainer):
         scored = score(model, batch, step.mean_chosen_tokens(objective.scores_prompt), against)
         if teacher and scored.compared:
             teacher.require_finite(scored.compared, rows, batch)
+        scored = replace(scored, mean_rollout_tokens=step.mean_rollout_tokens)
         with blamed(objective):
             loss = objective(with_given(scored, rows, self.course.given))
         if loss.per_pair.shape != (len(rows),):

@@ -54,6 +54,7 @@ class ScoredGroups:
     reference: GivenScores | None = None  # set if "reference_scores" is in `requires`
     teacher: GivenScores | None = None  # set if "teacher_scores" is in `requires`
     rollout: Tensor | None = None  # (B,) index of what the student wrote for the pair, else of the chosen side
+    mean_rollout_tokens: float = 1.0  # mean over all pairs of the optimizer step of the tokens of that
     compared: Compared | None = None  # set if "teacher_distribution" is in `requires`
 
 
@@ -103,6 +104,7 @@ class Objective(Component):
         "gkd": "orpo_distill.objectives.gkd:Gkd",
         "mallows_dpo": "orpo_distill.objectives.mallows_dpo:MallowsDpo",
         "mallows_orpo": "orpo_distill.objectives.mallows_orpo:MallowsOrpo",
+        "minillm": "orpo_distill.objectives.minillm:MiniLlm",
         "orpo": "orpo_distill.objectives.orpo:Orpo",
         "sft": "orpo_distill.objectives.sft:Sft",
         "sppo": "orpo_distill.objectives.sppo:Sppo",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,10 +18,14 @@ from orpo_distill.samplers.cache import Ints, SharedCache
 
 @dataclass(frozen=True, slots=True)
 class Partner:
-    """The second model, with the same tokens as the first, and its share of the mixture, between 0 and 1."""
+    """The second model, with the same tokens as the first, and its share of the mixture, between 0 and 1.
+
+    `prompts` has each of the first model's prompts as this one reads it. Its arithmetic is that of its own number type.
+    """
 
     model: PreTrainedModel
     share: float
+    prompts: Mapping[tuple[int, ...], tuple[int, ...]]
 
 
 class MixedCache:
@@ -29,7 +33,8 @@ class MixedCache:
 
     def __init__(self, model: PreTrainedModel, partner: Partner, seats: int) -> None:
         self.own, self.other = SharedCache(model, seats), SharedCache(partner.model, seats)
-        self.share = partner.share
+        self.partner = partner
+        self.last: Ints = np.zeros(0, np.int64)  # (N,) the last token of each row's prompt as the partner reads it
 
     @contextmanager
     def attention(self) -> Iterator[None]:
@@ -39,17 +44,28 @@ class MixedCache:
 
     def add(self, prompts: Sequence[tuple[int, ...]], sharing: Sequence[int], rows: int) -> None:
         """As `SharedCache.add`."""
-        for cache in (self.own, self.other):
-            cache.add(prompts, sharing, rows)
+        read = [self.partner.prompts[prompt] for prompt in prompts]
+        self.own.add(prompts, sharing, rows)
+        with self._partners_arithmetic():
+            self.other.add(read, sharing, rows)
+        self.last = np.concatenate([self.last, np.repeat([prompt[-1] for prompt in read], sharing)])
 
     def logits(self, tokens: Ints, counts: Ints) -> Tensor:
         """As `SharedCache.logits`, on the first model's device."""
-        return mixed(self.own.logits(tokens, counts), self.other.logits(tokens, counts), self.share)
+        own = self.own.logits(tokens, counts)
+        with self._partners_arithmetic():
+            other = self.other.logits(np.where(counts == 0, self.last, tokens), counts)
+        return mixed(own, other, self.partner.share)
 
     def keep(self, alive: NDArray[np.bool_]) -> Ints:
         """As `SharedCache.keep`."""
         self.other.keep(alive)
-        return self.own.keep(alive)
+        order = self.own.keep(alive)
+        self.last = self.last[order]
+        return order
+
+    def _partners_arithmetic(self) -> torch.autocast:
+        return torch.autocast(self.partner.model.device.type, enabled=False)
 
 
 def mixed(own: Tensor, other: Tensor, share: float) -> Tensor:
