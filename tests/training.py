@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from orpo_distill.models import load_tokenizer
 from orpo_distill.objectives import Objective
 from orpo_distill.records import Message, Pair, write_jsonl
 from orpo_distill.stages.train import TrainOptions, train
+from orpo_distill.teaching import Teacher, TeacherOptions
 
 
 def ragged_pairs(problems: int = 7, seed: int = 0) -> list[Pair]:
@@ -82,16 +84,26 @@ def rows_of(model: Path, pairs: Sequence[Pair], with_rejected: bool = True) -> l
 
 
 def ready_trainer(
-    model: Path, pairs: Sequence[Pair], loss: Objective, out: Path, tokens_per_batch: int = 64, **section: Any
+    model: Path,
+    pairs: Sequence[Pair],
+    loss: Objective,
+    out: Path,
+    tokens_per_batch: int = 64,
+    teacher: Path | None = None,
+    **section: Any,
 ) -> Any:
     """A trainer whose first `training_step(trainer.model, {})` is one step on all the pairs."""
     from orpo_distill.stages.train import _arguments, _model
     from orpo_distill.trainer import Course, GroupTrainer, Watch
 
-    course = Course([rows_of(model, pairs)], 0, 1, loss, tokens_per_batch, out / "log.jsonl")
+    tokenizer = load_tokenizer(str(model))
+    rows = rows_of(model, pairs, teacher is None)
+    course = Course([rows], 0, 1, loss, tokens_per_batch, out / "log.jsonl")
+    if teacher is not None:
+        course = replace(course, teacher=Teacher(TeacherOptions(model=str(teacher)), loss, tokenizer, rows))
     what = options(model, loss=loss, **section)
     args = _arguments(what, course, out)
     watch = Watch(Stop(), 1e6, lambda n: None)
-    trainer = GroupTrainer(_model(what, args), load_tokenizer(str(model)), args, course, watch)
+    trainer = GroupTrainer(_model(what, args), tokenizer, args, course, watch)
     trainer.create_optimizer_and_scheduler(10)
     return trainer
