@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from orpo_distill.experiment import run
 from orpo_distill.groups import Row
-from orpo_distill.loading import load_config
 from orpo_distill.models import load_model, load_tokenizer
 from orpo_distill.objectives.minillm import MiniLlm, minillm_loss
 from orpo_distill.rollouts import Writer, rollout_seeds
@@ -42,8 +40,9 @@ def scored_plainly(model: Any, row: Row) -> torch.Tensor:
     return model(input_ids=ids).logits[0, len(row.prompt) - 1 : -1].log_softmax(-1)
 
 
-@pytest.mark.parametrize("loss", [EXACT, {}, {"nll_weight": 0.5}])
-@pytest.mark.parametrize("tokens_per_batch", [40, 4096])
+@pytest.mark.parametrize(
+    ("loss", "tokens_per_batch"), [(EXACT, 40), ({}, 40), ({}, 4096), ({"nll_weight": 0.5, "nll_on": "full"}, 40)]
+)
 def test_a_steps_gradient_is_that_of_plain_passes(loss: dict[str, Any], tokens_per_batch: int, tmp_path: Path) -> None:
     """Text by text with all logits, divided by the step's mean length; whatever the micro-batches."""
     student, teacher = two_models(tmp_path)
@@ -69,9 +68,8 @@ def test_a_steps_gradient_is_that_of_plain_passes(loss: dict[str, Any], tokens_p
         tokens = minillm_loss(q.gather(1, labels)[:, 0], p.gather(1, labels)[:, 0], divergence, owner, **of)
         total = total + tokens.sum() / sum(len(one.tokens) for one in texts)
         ids = torch.tensor([[*row.prompt, *row.chosen]])
-        nll = plain(input_ids=ids).logits[0, len(row.prompt) - 1 : -1].log_softmax(-1)
-        nll = nll.gather(1, torch.tensor(row.chosen)[:, None]).mean()
-        total = total - what.nll_weight * nll / len(rows)
+        nll = torch.nn.functional.cross_entropy(plain(input_ids=ids).logits[0, :-1], ids[0, 1:])
+        total = total + what.nll_weight * nll / len(rows)
     total.backward()
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
@@ -81,19 +79,19 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("loss", [EXACT, {}])
+@pytest.mark.parametrize("loss", [{}, pytest.param(EXACT, marks=pytest.mark.slow)])
 def test_the_reverse_kl_of_texts_falls(loss: dict[str, Any], tmp_path: Path) -> None:
     """Measured on texts that both students write with the same random numbers, in nats a text."""
     student, teacher = two_models(tmp_path)
     pairs = ragged_pairs(6)
-    what = options(student, (1, 12, 12), objective("minillm", max_new_tokens=8, **loss), learning_rate=2e-2)
+    what = options(student, (1, 8, 8), objective("minillm", max_new_tokens=8, **loss), learning_rate=2e-2)
     what = what.model_copy(update={"teacher": TeacherOptions(model=str(teacher), device="cpu")})
     run_train(what, write_pairs(tmp_path / "pairs", pairs), tmp_path / "out")
-    assert {"reverse_kl", "rollout_tokens", "logps/rollout"} <= lines(tmp_path / "out/log.jsonl")[0].keys()
+    assert {"reverse_kl", "written_tokens", "logps/rollout"} <= lines(tmp_path / "out/log.jsonl")[0].keys()
 
     def divergence(folder: Path) -> float:
         model, other = (load_model(str(one), "float32", "cpu") for one in (folder, teacher))
-        rows = rows_of(student, pairs, with_rejected=False) * 20
+        rows = rows_of(student, pairs, with_rejected=False) * 6
         write = Writer(model, load_tokenizer(str(student)), objective("minillm", max_new_tokens=8, **EXACT).writing)
         texts = write([row.prompt for row in rows], rollout_seeds(rows, 0, 0))
         total = 0.0
@@ -161,11 +159,7 @@ def test_killed_while_it_trains_it_ends_with_the_same_bytes(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     found, expected = (stable_files(tmp_path / name / "runs/demo") for name in ("killed", "whole"))
     assert found == expected
-    logs = [(tmp_path / name / "runs/demo/round-1/train/log.jsonl").read_bytes() for name in ("killed", "whole")]
-    assert logs[0] == logs[1]
-
-
-def test_through_the_config(tmp_path: Path) -> None:
-    folder = run(load_config(whole_experiment(tmp_path)), until="round-1/train")
-    first = lines(folder / "round-1/train/log.jsonl")[0]
-    assert 1 <= first["rollout_tokens"] <= 16 and first["reverse_kl"] > 0
+    assert log.read_bytes() == (tmp_path / "whole/runs/demo/round-1/train/log.jsonl").read_bytes()
+    first = lines(log)[0]
+    assert first["pairs"] <= first["written_tokens"] <= 16 * first["pairs"] and first["reverse_kl"] > 0
+    assert first["teacher_tokens"] > 2 * first["written_tokens"]

@@ -44,12 +44,12 @@ def drawn(model: Any, limit: int = 20) -> list[Rollout]:
 
 def test_rollouts_are_what_the_sampler_draws_with_their_end_token(tmp_path: Path) -> None:
     model, tokenizer = loaded(tmp_path)
-    found = Writer(model, tokenizer, Writing(20))(PROMPTS, SEEDS)
-    assert found == drawn(model)
+    found = Writer(model, tokenizer, Writing(5))(PROMPTS, SEEDS)
+    assert found == drawn(model, 5)
     assert {one.cut for one in found} == {False, True}
     assert tokenizer.eos_token == EOS
     assert all((one.tokens[-1] == 2) == (not one.cut) and 2 not in one.tokens[:-1] for one in found)
-    assert all(len(one.tokens) == 20 for one in found if one.cut)
+    assert all(len(one.tokens) == 5 for one in found if one.cut)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mamba"])
@@ -99,12 +99,15 @@ def test_the_teacher_writes_along_where_it_has_a_share(tmp_path: Path) -> None:
     assert Writer(model, tokenizer, Writing(20), teacher)(PROMPTS, SEEDS) == own != of_teacher
 
 
-def test_the_context_ends_a_rollout(tmp_path: Path) -> None:
-    model, tokenizer = loaded(tmp_path)
-    model.get_output_embeddings().weight.data[2] = -100.0 * model.get_output_embeddings().weight.data[2].sign()
-    prompt = (1, *[4, 5] * ((CONTEXT - 6) // 2))
-    (found,) = Writer(model, tokenizer, Writing(20))([prompt], [0])
-    assert len(found.tokens) <= CONTEXT - len(prompt) < 20
+def test_the_context_of_either_model_ends_a_rollout(tmp_path: Path) -> None:
+    """The student's prompt leaves five tokens; the teacher reads three more before it."""
+    model, tokenizer = loaded(tmp_path / "student")
+    teacher, _ = loaded(tmp_path / "teacher", seed=3)
+    prompt, seeds = (1, *[4, 5] * ((CONTEXT - 6) // 2)), range(8)
+    alone = Writer(model, tokenizer, Writing(20))([prompt] * 8, seeds)
+    assert max(len(one.tokens) for one in alone) == CONTEXT - len(prompt) == 5
+    taught = Writer(model, tokenizer, Writing(20), teacher)([prompt] * 8, seeds, [(6, 6, 6, *prompt)] * 8)
+    assert [one.tokens for one in taught] == [one.tokens[:2] for one in alone]
 
 
 def test_no_prompts_no_rollouts(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class GroupTrainer(Trainer):
         self.add_callback(_Flow(self, watch))
         self.course = course
         self.tokenizer = tokenizer
-        self.writer = self._writer(model)  # of texts in the step; made before the model is prepared
+        self.writer = self._writer(model)  # of texts in the step
         longest = max((row for step in course.steps for row in step), key=lambda row: row.length)
         route = prepare(model, [longest], bool(args.activation_checkpointing))
         self.size = packed_tokens if route.groups else padded_tokens
@@ -167,6 +167,8 @@ class GroupTrainer(Trainer):
         found = {}
         if teacher := self.course.teacher:
             found["teacher_tokens"] = sum(map(len, distinct_traces(map(teacher.row, rows))))
+            if self.writer and self.writer.writing.teacher_share:  # it reads along while the texts are written
+                found["teacher_tokens"] += sum(len(row.rollout) for row in rows)
         if self.writer:
             found["written_tokens"] = sum(len(row.rollout) for row in rows)
         return found

@@ -49,7 +49,7 @@ class Model:
         return torch.stack([self.after(text[:place]) for text in TEXTS for place in range(len(text))])
 
     def gradient(self, value: Tensor) -> Tensor:
-        return torch.cat([one.flatten() for one in torch.autograd.grad(value, self.parameters)])
+        return torch.cat([one.flatten() for one in torch.autograd.grad(value, self.parameters, retain_graph=True)])
 
 
 @dataclass

@@ -53,17 +53,17 @@ def test_what_only_one_vocabulary_has_is_never_drawn() -> None:
     assert torch.allclose(mixed(p.log(), q.log(), 0.75).exp(), torch.tensor([[0.3, 0.7]]))
 
 
-@pytest.mark.parametrize("rows", [3, 64])
-def test_every_token_is_the_one_where_the_mixtures_cumulative_probability_passes_the_chance(
-    tmp_path: Path, rows: int
-) -> None:
-    """Exact: each token's random number is known, and must fall into the token's own interval (up to rounding)."""
+def test_every_token_is_the_one_where_the_mixtures_cumulative_probability_passes_the_chance(tmp_path: Path) -> None:
+    """Exact: each token's random number is known, and must fall into the token's own interval (up to rounding).
+
+    Rows leave and join: there is room for five of twelve.
+    """
     models = two_models(tmp_path)
     prompts = [(1, 4, 5), (1, 6), (1, 6)]
-    jobs = [Job(number, prompts[number % 3], seed=number, limit=12) for number in range(24)]
+    jobs = [Job(number, prompts[number % 3], seed=number, limit=12) for number in range(12)]
     rules = Rules(PLAIN, ends=(2,), partner=Partner(models[1], 0.3, READ))
     lengths = set()
-    for drawn in decode(models[0], jobs, rules, rows):
+    for drawn in decode(models[0], jobs, rules, 5):
         prompt = jobs[drawn.index].prompt
         tokens = [*drawn.tokens, *([] if drawn.end is None else [drawn.end])]
         after = mixture(models, prompt, tuple(tokens), 0.3)[:-1].cumsum(-1)

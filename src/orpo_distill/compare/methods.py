@@ -102,9 +102,13 @@ METHODS: Mapping[str, Method] = {
         "GKD: the teacher's distributions on its texts and on the student's own; needs a teacher of one vocabulary",
         {"objective": "gkd"},
     ),
+    "minillm": Method(
+        "MiniLLM: reverse KL to the teacher, on texts that both write together; needs a teacher of one vocabulary",
+        {"objective": "minillm", "warmup": {"objective": "sft", "epochs": 1}},
+    ),
 }
 RELATIVES = ("dpo", "dpo-nll", "flex-dpo", "mallows-dpo", "sppo", "dadpo")
-WHITE_BOX = ("uld", "gkd")
+WHITE_BOX = ("uld", "gkd", "minillm")
 EXTRA = ("orpo-student-negatives", "orpo-adaptive", "orpo-expo", *RELATIVES, *WHITE_BOX)
 """Not in the default list: what comes with another, or is not the paper's."""
 DEFAULT = tuple(name for name in METHODS if name not in EXTRA)

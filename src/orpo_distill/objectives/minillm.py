@@ -65,7 +65,6 @@ class MiniLlm(Sft):
         tokens = batch.tokens[rollout]
         means = {"reverse_kl": seen.divergence, "logps/rollout": seen.logp, "teacher_logps/rollout": seen.teacher_logp}
         metrics = {name: seen.by_trace(values.detach(), texts)[rollout] / tokens for name, values in means.items()}
-        metrics["rollout_tokens"] = tokens.to(loss.dtype)
         if self.nll_weight:
             nll = self.chosen_nll(batch)
             loss, metrics["nll_loss"] = loss + self.nll_weight * nll, nll.detach()
