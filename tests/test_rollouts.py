@@ -54,7 +54,7 @@ def test_rollouts_are_what_the_sampler_draws_with_their_end_token(tmp_path: Path
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mamba"])
 def test_a_model_in_training_writes_the_same_and_goes_on_as_before(tmp_path: Path, architecture: str) -> None:
-    """Prepared for packed batches, in training mode with dropout; gpt2 packs, mamba neither packs nor shares a cache."""
+    """Prepared for packed batches, in training mode with dropout; mamba neither packs nor shares a cache."""
     model, tokenizer = loaded(tmp_path, architecture)
     expected = Writer(model, tokenizer, Writing(20))(PROMPTS, SEEDS)
     writer = Writer(model, tokenizer, Writing(20))
@@ -119,7 +119,7 @@ def test_a_cache_of_its_own_cannot_be_shared_with_a_teacher(tmp_path: Path) -> N
     student, tokenizer = loaded(tmp_path / "student")
     teacher, _ = loaded(tmp_path / "teacher", "mamba")
     for pair in ((student, teacher), (teacher, student)):
-        with pytest.raises(ConfigError, match="found MambaForCausalLM; set objective.teacher_share: 0"):
+        with pytest.raises(ConfigError, match=r"found MambaForCausalLM; set objective\.teacher_share: 0"):
             Writer(pair[0], tokenizer, Writing(20, teacher_share=0.2), pair[1])
 
 
@@ -129,7 +129,7 @@ def test_broken_weights_are_one_message(tmp_path: Path, architecture: str) -> No
     writer = Writer(model, tokenizer, Writing(20))
     with torch.no_grad():
         model.get_output_embeddings().weight[3] = float("nan")
-    with pytest.raises(ModelError, match="expected probabilities of the next token from .*, found NaN"):
+    with pytest.raises(ModelError, match=r"expected probabilities of the next token from .*, found NaN"):
         writer(PROMPTS, SEEDS)
 
 

@@ -59,7 +59,7 @@ class Writer:
         self.ends = end_tokens(self.model.generation_config, tokenizer)
         mixes = teacher is not None and writing.teacher_share > 0
         with self._eval_mode():
-            unmanaged = [one for one in (self.model, *([teacher] if mixes else [])) if not manages(one)]
+            unmanaged = [one for one in (self.model, *([self.teacher] if mixes else [])) if not manages(one)]
         self.own_loop = not unmanaged
         if unmanaged and mixes:
             raise ConfigError(

@@ -83,8 +83,8 @@ def minillm_loss(
     """What each token adds to a loss whose gradient is MiniLLM's, (M,). Its value means nothing.
 
     The M tokens of all texts stand one text after the other, `owner` (M,) says whose each is. `logps` and
-    `teacher_logps` (M,) are log q and log p of the tokens in nats, `divergence` (M,) the reverse KL of the distributions
-    that they were drawn from.
+    `teacher_logps` (M,) are log q and log p of the tokens in nats, `divergence` (M,) is KL(q, p) of the distributions
+    that they were picked from.
 
     Equations 3 to 6: the single-step part is `divergence`; the long part weighs the gradient of log q(y_t) by
     R_{t+1}, the sum of log p - log q over the later tokens of the text, or with `length_norm` its mean. Tokens drawn
