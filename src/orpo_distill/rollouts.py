@@ -58,8 +58,9 @@ class Writer:
         self.teacher: Any = teacher
         self.ends = end_tokens(self.model.generation_config, tokenizer)
         mixes = teacher is not None and writing.teacher_share > 0
+        writers: list[Any] = [self.model, teacher] if mixes else [self.model]
         with self._eval_mode():
-            unmanaged = [one for one in (self.model, *([self.teacher] if mixes else [])) if not manages(one)]
+            unmanaged = [one for one in writers if not manages(one)]
         self.own_loop = not unmanaged
         if unmanaged and mixes:
             raise ConfigError(

@@ -3,9 +3,9 @@
 Against the paper: the likelihood of the chosen traces (`nll_weight`) stands where it has a loss on pre-training text.
 A text serves one optimizer step, not four epochs, so that the ratio which is clipped is the importance weight alone:
 without a share of the teacher it is 1. The single-step part has no importance weight, which is 1 on average there.
-The authors' code differs from their formulas, and from us: returns include the token's own reward, are discounted by
-0.95 where that is set, doubled (a scale of 0.5), cut at 100 and whitened over the batch. TRL's MiniLLMTrainer (gone in
-1.16) has neither the mixed sampling nor the weights, and its mask lets padding in.
+The authors' code differs from their formulas, and from us: rewards are doubled (a scale of 0.5) and cut at 100, returns
+include the token's own reward, are discounted (0.95 by default) and whitened over the batch. TRL's MiniLLMTrainer (gone
+in 1.16) has neither the mixed sampling nor the weights, and its mask lets padding in.
 """
 
 from __future__ import annotations
