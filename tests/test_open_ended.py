@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from orpo_distill.billing import forecast
-from orpo_distill.compare.cells import Asked, design_of
+from orpo_distill.compare.cells import Wanted, design_of
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError, DataError, RunError
 from orpo_distill.experiment import run, status
@@ -237,7 +237,7 @@ def test_gold_answers_need_no_judge(tmp_path: Path) -> None:
 def test_what_counts_right_answers_refuses_an_open_ended_task(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     with pytest.raises(ConfigError, match="expected tasks with gold answers, found an open-ended one in open"):
-        design_of([config], Asked("orpo-off"))
+        design_of([config], Wanted("orpo-off"))
     sampler = Sampler.model_validate({"type": "scripted", "default": ["x"]})
     with pytest.raises(ConfigError, match="expected a task with gold answers, found an open-ended one"):
         evaluate_model("m", config.task, sampler, Decoding(), "test", None)
