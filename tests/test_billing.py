@@ -213,6 +213,16 @@ def test_a_stage_that_is_finished_buys_nothing_more(tmp_path: Path) -> None:
     assert bill(config)["teacher: samples"][0].startswith("0 of 144 (144 in the run")
 
 
+def test_after_a_pilot_the_other_problems_are_still_to_be_bought(tmp_path: Path) -> None:
+    settings = experiment(tmp_path).model_dump(mode="json")
+    with faulty_server(right=1) as server:
+        sampler = {"type": "openai", "base_url": server.base_url}
+        teacher = {**settings["teacher"], "model": "faulty", "sampler": sampler}
+        config = parse_config({**settings, "teacher": teacher})
+        run(config.model_copy(update={"problems": config.problems.model_copy(update={"limit": 3})}), until="teacher")
+    assert bill(config)["teacher: samples"] == ("36 of 48 (12 in the run, 0 in the ledger)", "36 calls")
+
+
 def test_a_task_on_the_hub_is_known_once_its_problems_are(tmp_path: Path) -> None:
     config = experiment(tmp_path)
     hub = parse_config({**config.model_dump(mode="json"), "task": "gsm8k"})

@@ -142,9 +142,8 @@ def test_a_setting_without_a_value_and_a_task_without_a_verifier(tmp_path: Path)
     words = "expected a value behind teacher.prefix=, found none; write teacher.prefix=null"
     one_message(cli("check", path, "teacher.prefix="), words, code=2)
     done = cli("eval", tmp_path / "tiny", "--task", "jsonl", "--path", tmp_path / "data")
-    words = (
-        "--task: verifier: expected one of choice, exact, math, number, yes_no or module:Class, found none; add it: "
-    )
+    words = "--task: verifier: expected one of choice, exact, math, number, role, yes_no or module:Class, found none; "
+    words += "add it: "
     one_message(done, words + "--task '{type: jsonl, verifier: ...}'", code=2)
 
 

@@ -1,16 +1,22 @@
-"""Stages that some methods add to the plan: scores of given texts before a round, extrapolation after the last one."""
+"""Stages that some methods add to the plan: an adaptive phi, a judge's pairs and scores of given texts before a round,
+extrapolation after the last one, win rates at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from orpo_distill.config import Config
+from orpo_distill.judging import Judge
+from orpo_distill.mixing import PHI_FILE, AdaptivePhi
 from orpo_distill.models import load_tokenizer
 from orpo_distill.objectives import Objective
 from orpo_distill.runs import Stage
 from orpo_distill.samplers.hf import HF
 from orpo_distill.samplers.vllm import VLLM
+from orpo_distill.stages.evaluate import EvaluateOptions
 from orpo_distill.stages.extrapolate import ChooseOptions, ExtrapolateOptions
+from orpo_distill.stages.judge import WIN_RATES, JudgeAnswersOptions, JudgePairsOptions
+from orpo_distill.stages.phi import PhiOptions
 from orpo_distill.stages.score import ScoreOptions
 from orpo_distill.stages.train import TrainOptions
 from orpo_distill.teaching import TeacherOptions, require_one_vocabulary
@@ -111,6 +117,18 @@ def _score(name: str, options: ScoreOptions, inputs: dict[str, str], before: int
     )
 
 
+def adapted_phi(config: Config, number: int) -> Stage:
+    """Find phi of round `number` (3 or later) from the negatives of the round before."""
+    setting, before = config.pairs.phi, f"round-{number - 1}"
+    assert isinstance(setting, AdaptivePhi)
+    inputs = {"problems": "problems", "initial": "student-0", "initial-verdicts": "student-0-verdicts"}
+    inputs |= {"latest": f"{before}/student", "latest-verdicts": f"{before}/student-verdicts"}
+    if number > 3:
+        inputs["phi"] = f"{before}/phi"
+    options = PhiOptions(adaptive=setting.adaptive, start=setting.start)
+    return Stage(f"round-{number}/phi", "orpo_distill.stages.phi:phi", options, inputs, outputs=(PHI_FILE,))
+
+
 def policy_of(config: Config, alpha: float) -> str:
     """The name of the last student, moved on by alpha."""
     return f"student-{config.rounds}" + (f"+{alpha:g}" if alpha else "")
@@ -147,3 +165,53 @@ def chosen(config: Config) -> Stage:
         inputs |= {f"model:{alpha:g}": f"{folder}/train", f"evaluate:{alpha:g}": f"{folder}/evaluate"}
     options = ChooseOptions(alpha=section.alpha, policies=tuple(policy_of(config, alpha) for alpha in section.alpha))
     return Stage(CHOSEN, "orpo_distill.stages.extrapolate:choose", options, inputs, outputs=("model", "choice.json"))
+
+
+def judges_pairs(config: Config) -> bool:
+    """Whether a judge decides which text of a pair is preferred."""
+    return config.judge is not None and config.judge.pairs and "rejected" in config.objective.requires
+
+
+def judged_pairs(config: Config, candidates: Stage, number: int) -> Stage:
+    """Round `number`'s pairs as the judge prefers them. What it said for earlier rounds is taken over."""
+    inputs = {"problems": "problems", "candidates": candidates.name}
+    if number > 1:
+        inputs["previous"] = f"round-{number - 1}/pairs"
+    return Stage(
+        f"round-{number}/pairs",
+        "orpo_distill.stages.judge:judge_pairs",
+        JudgePairsOptions(judge=_judge(config), seed=config.seed),
+        inputs,
+        outputs=("pairs.jsonl",),
+        grows=frozenset(f"inputs.{name}" for name in inputs),
+        precious=True,
+    )
+
+
+def judged_answers(config: Config, stages: Sequence[Stage]) -> Iterator[Stage]:
+    """Every student's answers against the initial one's and the teacher's, as far as these are evaluated."""
+    if config.judge is None:
+        return
+    evaluated = {stage.options.policy: stage.name for stage in stages if isinstance(stage.options, EvaluateOptions)}
+    for policy, name in evaluated.items():
+        against = tuple(other for other in ("student-0", "teacher") if other in evaluated and other != policy)
+        if policy == "teacher" or not against:
+            continue
+        inputs = {"problems": "problems", "answers": name} | {other: evaluated[other] for other in against}
+        yield Stage(
+            name.replace("evaluate", "judged") if "/" in name else f"{name}-judged",
+            "orpo_distill.stages.judge:judge_answers",
+            JudgeAnswersOptions(judge=_judge(config), seed=config.problems.seed, policy=policy, against=against),
+            inputs,
+            outputs=(WIN_RATES,),
+            grows=frozenset(f"inputs.{other}" for other in inputs),
+            ignores=("judge.pairs",),
+            precious=True,
+        )
+
+
+def _judge(config: Config) -> Judge:
+    """The judge, as this run uses it."""
+    judge = config.judge
+    assert judge is not None
+    return judge.model_copy(update={"sampler": judge.sampler.for_run(config.name, config.ledger)})

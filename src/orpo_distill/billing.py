@@ -22,11 +22,12 @@ from orpo_distill.progress import say
 from orpo_distill.records import Problem, Trace, atomic_file, read_jsonl
 from orpo_distill.runs import RunFolder, Stage
 from orpo_distill.samplers import Request
-from orpo_distill.samplers.asking import Asking
+from orpo_distill.samplers.asking import ROOM, Asking
 from orpo_distill.samplers.openai import OpenAI, amount
 from orpo_distill.samplers.unsaved import waiting
 from orpo_distill.sampling import Standing, prompt_id_of, whole_lines, with_prefix
 from orpo_distill.stages.evaluate import EvaluateOptions
+from orpo_distill.stages.judge import JudgeAnswersOptions, JudgePairsOptions
 from orpo_distill.stages.problems import ProblemsOptions
 from orpo_distill.stages.problems import problems as make_problems
 from orpo_distill.stages.sample import SampleOptions, waves
@@ -141,6 +142,8 @@ def forecast(config: Config) -> Table:
         options = stage.options
         if isinstance(options, SampleOptions | EvaluateOptions) and isinstance(options.sampler, OpenAI):
             lines += _of_stage(config, stage, options, options.sampler, ahead)
+        elif isinstance(options, JudgePairsOptions) and isinstance(options.judge.sampler, OpenAI):
+            lines += _of_judge(config, stage, options, options.judge.sampler, ahead)
     return [("bill", "expected", "at most"), *lines] if lines else []
 
 
@@ -155,14 +158,72 @@ def _of_stage(
     if not problems:
         return [(f"{stage.name}: not known yet", "", "run --until problems, or --pilot N, then check again")]
     need, name = _need(config, stage, options, sampler, problems), stage.name
-    most = need.missing * options.decoding.max_new_tokens
-    mean = _measured(config.run_dir / name) if need.missing else (0.0, 0.0)
+    how = "tokenizer" if sampler.tokenizer else f"bytes / {LETTERS_A_TOKEN}, a guess"
+    folder, length = config.run_dir / name, options.decoding.max_new_tokens
+    return _lines(name, sampler, need, _Lengths(length, _measured(folder), how), ahead)
+
+
+def _of_judge(
+    config: Config,
+    stage: Stage,
+    options: JudgePairsOptions,
+    sampler: OpenAI,
+    ahead: dict[tuple[str, str], list[float]],
+) -> Table:
+    """At most: which texts are compared, and how long they are, is only known once they are written."""
+    judge, run, finished = options.judge, RunFolder(config.run_dir), _finished(config, stage)
+    questions = _compared(config, options, finished)
+    if not questions and not finished:
+        return [(f"{stage.name}: not known yet", "", "run --until problems, then check again")]
+    answers = sum(1 for _ in _traces(run.of(stage.name)))
+    new = 2 * len(questions) if finished else max(0, 2 * len(questions) - answers)
+    texts = config.teacher.decoding.max_new_tokens + config.student.decoding.max_new_tokens
+    if isinstance(options, JudgeAnswersOptions):
+        texts = 2 * config.evaluate.decoding.max_new_tokens
+    longest = max((len(judge.asks(question, "", "").encode()) for question in questions), default=0)
+    need = _Need(answers + new, answers, calls=new)
+    need.prompt = new * (ceil(longest / LETTERS_A_TOKEN) + texts)
+    need.most_prompt = new * (longest + sum(ROOM) + texts)
+    how = ("texts at their limits, a guess", "texts at their limits")
+    lengths = _Lengths(judge.decoding.max_new_tokens, _measured(run.of(stage.name)), *how)
+    return _lines(stage.name, sampler, need, lengths, ahead)
+
+
+def _compared(config: Config, options: JudgePairsOptions, finished: bool) -> list[str]:
+    """The question of every comparison that there may be, but for those that a finished stage has made."""
+    if not isinstance(options, JudgeAnswersOptions):
+        done = _been_through(config, "problems.jsonl") if finished else set()
+        asked = _problems_in(config, "problems.jsonl", None)
+        return [one.question for one in asked if one.id not in done] * config.pairs.per_problem
+    if finished:
+        return []
+    test = _problems_in(config, "test.jsonl", config.evaluate.limit) if config.evaluate.test else []
+    validation = _problems_in(config, "validation.jsonl", config.evaluate.validation_limit)
+    questions = [one.question for one in test] * len(options.against)
+    return questions + [one.question for one in validation if "student-0" in options.against]
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Tokens of an answer: at most, and as measured so far; and how the prompt's are known."""
+
+    most: int
+    measured: tuple[float, float] | None
+    prompt: str
+    most_prompt: str = "bytes"
+
+
+def _lines(
+    name: str, sampler: OpenAI, need: _Need, lengths: _Lengths, ahead: dict[tuple[str, str], list[float]]
+) -> Table:
+    """A line for each kind of cost of what a stage needs."""
+    most = need.missing * lengths.most
+    mean = lengths.measured if need.missing else (0.0, 0.0)
     likely = [ceil(need.missing * end) for end in mean] if mean else []
     there = f"{need.standing} in the run, {need.bought} in the ledger"
-    how = "tokenizer" if sampler.tokenizer else f"bytes / {LETTERS_A_TOKEN}, a guess"
     lines: Table = [
         (f"{name}: samples", f"{need.missing} of {need.samples} ({there})", f"{need.calls} calls"),
-        (f"{name}: prompt tokens", f"{need.prompt} ({how})", f"{need.most_prompt} (bytes)"),
+        (f"{name}: prompt tokens", f"{need.prompt} ({lengths.prompt})", f"{need.most_prompt} ({lengths.most_prompt})"),
         (f"{name}: completion tokens", " to ".join(map(str, likely)) or "not measured: run --pilot N", str(most)),
     ]
     if sampler.price.most(1, 1):
@@ -202,13 +263,13 @@ def _need(
     problems: Sequence[Problem],
 ) -> _Need:
     """What the stage has and lacks: wave by wave, for each has its own temperature and with it other samples."""
-    need, tokens, run = _Need(), _counter(sampler.tokenizer), RunFolder(config.run_dir)
-    finished = run.asked(stage.name) is not None and state(stage, run) == "finished"
-    standing = Standing(run.of(stage.name))
+    need, tokens, standing = _Need(), _counter(sampler.tokenizer), Standing(config.run_dir / stage.name)
+    name = "test.jsonl" if isinstance(options, EvaluateOptions) else "problems.jsonl"
+    done = _been_through(config, name) if _finished(config, stage) else set()
 
     def lacks(one: Request) -> bool:
         key = one.problem_id, one.sample_index, prompt_id_of(one.messages)
-        return not finished and standing.lacks(key, failed=True)
+        return one.problem_id not in done and standing.lacks(key, failed=True)
 
     prompts = [(problem.id, with_prefix(options.task.messages(problem), options.prefix)) for problem in problems]
     waved = list(waves(options)) if isinstance(options, SampleOptions) else [(range(1), options.decoding)]
@@ -230,10 +291,25 @@ def _need(
     return need
 
 
+def _finished(config: Config, stage: Stage) -> bool:
+    run = RunFolder(config.run_dir)
+    return run.asked(stage.name) is not None and state(stage, run) == "finished"
+
+
+def _been_through(config: Config, name: str) -> set[str]:
+    """The problems that a finished stage has no more to do for: of a pilot, these are not all."""
+    return {one.id for one in read_jsonl(config.run_dir / "problems" / name, Problem)}
+
+
 def _problems(config: Config, options: SampleOptions | EvaluateOptions) -> Sequence[Problem]:
     """What a stage will ask: of a local data set, or of the run's `problems` stage; empty where neither is there."""
-    name = "test.jsonl" if isinstance(options, EvaluateOptions) else "problems.jsonl"
-    limit = config.evaluate.limit if isinstance(options, EvaluateOptions) else None
+    if isinstance(options, EvaluateOptions):
+        return _problems_in(config, "test.jsonl", config.evaluate.limit)
+    return _problems_in(config, "problems.jsonl", None)
+
+
+def _problems_in(config: Config, name: str, limit: int | None) -> Sequence[Problem]:
+    """The problems of a file of the stage `problems`."""
     with tempfile.TemporaryDirectory() as folder:
         made = config.run_dir / "problems"
         if getattr(config.task, "path", None) is not None:

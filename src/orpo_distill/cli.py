@@ -289,7 +289,7 @@ def _print_results(folder: Path) -> None:
     from orpo_distill.stages.report import headline_text, results_table
 
     content: dict[str, Any] = json.loads((folder / "report" / "report.json").read_bytes())
-    _print_table(results_table(content["results"], content["headline"]["split"]))
+    _print_table(results_table(content, content["headline"]["split"]))
     print(headline_text(content["headline"]))
     print(f"report: {folder / 'report' / 'report.html'}   model: {folder / 'student'}")
 

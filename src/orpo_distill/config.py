@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from orpo_distill.component import SPEED_ONLY, Options, type_name
+from orpo_distill.judging import Judge
 from orpo_distill.mixing import PHI_FORMS, AdaptivePhi, PhiSetting, PhiUnit
 from orpo_distill.models import Dtype
 from orpo_distill.objectives import INPUTS, Objective
@@ -243,6 +244,7 @@ class Config(Options):
     train: TrainSection = TrainSection()
     extrapolate: ExtrapolateSection | None = None
     evaluate: EvaluateSection = EvaluateSection()
+    judge: Judge | None = None
     mechanisms: MechanismsSection = MechanismsSection()
     launch: Annotated[LaunchSection, SPEED_ONLY] = LaunchSection()
     runs: Annotated[Path, SPEED_ONLY] = Path("runs")  # the folder of run folders
@@ -256,6 +258,7 @@ class Config(Options):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_scores()
+        self._check_judge()
         phi = self.pairs.phi
         if isinstance(phi, tuple) and (len(phi) != self.rounds or phi[0]):
             raise ValueError(
@@ -298,3 +301,23 @@ class Config(Options):
             raise ValueError("expected problems.validation beside extrapolate, which chooses alpha on it, found null")
         if self.extrapolate and self.extrapolate.origin == "warmup" and self.warmup is None:
             raise ValueError("expected warmup beside extrapolate.origin: warmup, found none")
+
+    def _check_judge(self) -> None:
+        """That a judge stands in for gold answers only, and that without these nothing counts right and wrong ones."""
+        if not self.task.open_ended:
+            if self.judge:
+                name = type_name(type(self.task.judge()))
+                raise ValueError(f"expected task.verifier: role beside judge, found {name}, which knows what is right")
+            return
+        phi = self.pairs.phi
+        counting = {
+            "pairs.negatives_from: teacher": self.pairs.negatives_from == "teacher",
+            "pairs.matched: true": self.pairs.matched,
+            "pairs.phi: {adaptive: yield}": isinstance(phi, AdaptivePhi) and phi.adaptive == "yield",
+            "extrapolate": self.extrapolate is not None,
+        }
+        for setting in (name for name, is_set in counting.items() if is_set):
+            raise ValueError(
+                f"expected a task with gold answers for {setting}, which counts right or wrong ones, found an "
+                "open-ended one (task.verifier: role); leave the setting out"
+            )

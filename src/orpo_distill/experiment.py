@@ -115,6 +115,7 @@ SAID = {
     "verify": ("correct", "wrong", "ambiguous", "unparseable", "truncated", "failed"),
     "phi": ("phi", "latest", "initial"),
     "pair": ("phi", "pairs", "paired_problems", "fell_back"),
+    "judge_pairs": ("pairs", "candidates", "paired_problems"),
     "score": ("policy", "scored", "tokens"),
     "extrapolate": ("alpha",),
     "choose": ("alpha",),
@@ -132,9 +133,10 @@ def _brief(stage: Stage, metrics: Metrics) -> str:
         if metrics.get(key) is not None
     ]
     scores = [
-        f"{row['accuracy']:.1%} of {row['n']} on {split}"
+        f"{row[score]:.1%} of {row['n']} on {split}"
         for split, row in metrics.items()
-        if isinstance(row, dict) and "accuracy" in row and "n" in row and "split" in row
+        for score in ("accuracy", "win_rate")
+        if isinstance(row, dict) and row.get(score) is not None and "n" in row and "split" in row
     ]
     dropped = said_dropped(metrics.get("dropped") or {}) if "train_available" in metrics else ""
     return ", ".join([*counts, *scores, *([dropped] if dropped else [])]) or "done"

@@ -27,11 +27,11 @@ def distinct_2(texts: Sequence[str]) -> float | None:
 
 
 def diversity_of(texts: Sequence[str], answers: Sequence[str | None]) -> Values:
-    """How unlike two or more texts for one problem are, with the answers that they state."""
+    """How unlike two or more texts for one problem are, with the answers that they state (None: nothing is read)."""
     return {
         "rouge_l": mean_rouge_l(texts),
         "distinct_2": distinct_2(texts),
-        "unique_answers": len(set(answers)) / len(answers),
+        "unique_answers": len(set(answers)) / len(answers) if any(answers) else None,
         "words": fmean(len(words(text)) for text in texts),
     }
 

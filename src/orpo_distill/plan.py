@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from orpo_distill.additions import (
     CHOSEN,
+    adapted_phi,
     chosen,
     extrapolated,
     folder_of,
+    judged_answers,
+    judged_pairs,
+    judges_pairs,
     policy_of,
     score_stages,
     teacher_in_training,
@@ -18,7 +22,7 @@ from orpo_distill.additions import (
 from orpo_distill.component import type_name
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
-from orpo_distill.mixing import PHI_FILE, AdaptivePhi, foreseen_phi, phi_of_round
+from orpo_distill.mixing import foreseen_phi, phi_of_round
 from orpo_distill.objectives import Objective
 from orpo_distill.runs import Stage
 from orpo_distill.stages.evaluate import EvaluateOptions
@@ -26,7 +30,6 @@ from orpo_distill.stages.export import ExportOptions
 from orpo_distill.stages.mechanisms import FILE as MECHANISMS_FILE
 from orpo_distill.stages.mechanisms import MechanismsOptions
 from orpo_distill.stages.pair import PairOptions
-from orpo_distill.stages.phi import PhiOptions
 from orpo_distill.stages.problems import ProblemsOptions
 from orpo_distill.stages.report import ReportOptions
 from orpo_distill.stages.sample import SampleOptions, StopRule
@@ -45,13 +48,13 @@ def plan(config: Config) -> list[Stage]:
     stages = [_problems(config), *_sampled(config, "teacher")]
     if uses_student:
         stages += _sampled(config, "student-0")
-    stages += [_pair(config, 1), _evaluate(config, "baseline", "student-0", model=config.student.model)]
+    stages += [*_pairs(config, 1), _evaluate(config, "baseline", "student-0", model=config.student.model)]
     stages += _warmup(config)
     for number in range(1, config.rounds + 1):
         if number > 1:
             if _uses_student(config, config.objective):
                 stages += _refreshed(config, number)
-            stages.append(_pair(config, number))
+            stages += _pairs(config, number)
         stages += score_stages(config, number)
         stages += [_train(config, number), _evaluate(config, f"round-{number}/evaluate", f"student-{number}")]
     stages += _extrapolated(config)
@@ -61,6 +64,7 @@ def plan(config: Config) -> list[Stage]:
         stages += _sft(config)
     if config.mechanisms.enabled:
         stages.append(_mechanisms(config, stages))
+    stages += judged_answers(config, stages)
     return [*stages, _report(config, stages), _export(config)]
 
 
@@ -110,19 +114,7 @@ def _refreshed(config: Config, number: int) -> list[Stage]:
     phi = _phi(config, number)
     if phi == 0:
         return []
-    return [*([_adapted_phi(config, number)] if phi is None else []), *_sampled_latest(config, number)]
-
-
-def _adapted_phi(config: Config, number: int) -> Stage:
-    """Find phi of round `number` (3 or later) from the negatives of the round before."""
-    setting, before = config.pairs.phi, f"round-{number - 1}"
-    assert isinstance(setting, AdaptivePhi)
-    inputs = {"problems": "problems", "initial": "student-0", "initial-verdicts": "student-0-verdicts"}
-    inputs |= {"latest": f"{before}/student", "latest-verdicts": f"{before}/student-verdicts"}
-    if number > 3:
-        inputs["phi"] = f"{before}/phi"
-    options = PhiOptions(adaptive=setting.adaptive, start=setting.start)
-    return Stage(f"round-{number}/phi", "orpo_distill.stages.phi:phi", options, inputs, outputs=(PHI_FILE,))
+    return [*([adapted_phi(config, number)] if phi is None else []), *_sampled_latest(config, number)]
 
 
 def _sampled_latest(config: Config, number: int) -> list[Stage]:
@@ -172,6 +164,14 @@ def _verify(config: Config, name: str, traces: str) -> Stage:
         grows=frozenset({"inputs.traces"}),
         ignores=SOURCE + ASKING,
     )
+
+
+def _pairs(config: Config, number: int) -> list[Stage]:
+    """Round `number`'s pairs; where a judge decides, after those by role that it is asked about."""
+    if not judges_pairs(config):
+        return [_pair(config, number)]
+    candidates = _pair(config, number, name=f"round-{number}/candidates")
+    return [candidates, judged_pairs(config, candidates, number)]
 
 
 def _pair(config: Config, number: int, objective: Objective | None = None, name: str = "") -> Stage:

@@ -20,6 +20,7 @@ from orpo_distill.runs import Stage
 from orpo_distill.samplers.hf import HF
 from orpo_distill.samplers.vllm import VLLM
 from orpo_distill.sampling import with_prefix
+from orpo_distill.stages.judge import JudgeAnswersOptions
 from orpo_distill.stages.problems import ProblemsOptions, said_dropped
 from orpo_distill.stages.problems import problems as make_problems
 from orpo_distill.tasks import take
@@ -72,6 +73,8 @@ def rendered(config: Config, count: int) -> str:
         asked = with_prefix(messages, config.teacher.prefix)
         text = render(teacher, asked) if teacher else "\n".join(f"[{m.role}] {m.content}" for m in asked)
         parts += [f"--- teacher, {problem.id}", text, f"--- student, {problem.id}", render(student, messages)]
+    if config.judge:
+        parts += [f"--- judge, {problems[0].id}", config.judge.asks(problems[0].question, "(a text)", "(another)")]
     return "\n".join([*parts, *_training_row(config, problems[0], student)])
 
 
@@ -79,7 +82,8 @@ def _training_row(config: Config, problem: Problem, tokenizer: PreTrainedTokeniz
     from orpo_distill.samplers.prompts import encode_prompt, end_of_response
 
     prompt = encode_prompt(tokenizer, config.task.messages(problem))
-    response = tokenizer(f"... The answer is {problem.answer}.", add_special_tokens=False)["input_ids"]
+    stated = f"... The answer is {problem.answer}." if problem.answer else "..."
+    response = tokenizer(stated, add_special_tokens=False)["input_ids"]
     ids = [*response, end_of_response(tokenizer)]
     return [
         f"--- training row: {len(prompt)} masked tokens between [[ and ]], then {len(ids)} trained ones",
@@ -105,7 +109,12 @@ def _checked_counts(config: Config, missing: list[str]) -> Counts:
     if config.teacher.scorer is not None:
         attempt(checkpoint_folder, config.teacher.scorer, "teacher.scorer")
     attempt(checkpoint_folder, config.student.model, "student.model")
-    for role, sampler in (("teacher", config.teacher.sampler), ("student", config.student.sampler)):
+    samplers = {"teacher": config.teacher.sampler, "student": config.student.sampler}
+    if config.judge is not None:
+        samplers["judge"] = config.judge.sampler
+        if isinstance(config.judge.sampler, HF | VLLM):
+            attempt(checkpoint_folder, config.judge.model, "judge.model")
+    for role, sampler in samplers.items():
         attempt(type(sampler).check, sampler, f"{role}.sampler")
     if not problems:
         attempt(check_teachers, plan(config), "teacher")
@@ -165,6 +174,10 @@ def _size(stage: Stage, config: Config, counts: Counts) -> str:
         return f"negatives of at most {config.mechanisms.problems} problems scored a round"
     if kind == "evaluate":
         return f"{_times(test, 1)} answers"
+    if kind == "judge_pairs":
+        return f"at most {_times(train, config.pairs.per_problem)} pairs judged, each in both orders"
+    if isinstance(stage.options, JudgeAnswersOptions):
+        return f"{_times(test, len(stage.options.against))} pairs of answers judged, each in both orders"
     return ""
 
 

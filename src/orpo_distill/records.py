@@ -52,9 +52,9 @@ class FinishReason(StrEnum):
 class Trace:
     """One sampled text: who wrote it, for which problem, as which of its K samples.
 
-    `policy` is `teacher`, `student-R` (R = rounds of training it has had) or `sft`. `prompt_id` is a hash of the
-    messages that were sent, so that a changed prompt or question is never answered with an old text. Token counts are
-    the sampler's own, None where it cannot tell.
+    `policy` is `teacher`, `student-R` (R = rounds of training it has had), `sft` or `judge`. `prompt_id` is a hash of
+    the messages that were sent, so that a changed prompt or question is never answered with an old text. Token counts
+    are the sampler's own, None where it cannot tell.
     """
 
     id: str
@@ -141,6 +141,35 @@ class Answer:
     gold: str
     answer: str | None
     outcome: Outcome
+
+
+Said = Literal["won", "lost", "tie", "nonsense", "no_answer", "same"]
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """What a judge said of one of two traces on a problem, in either place: `won` against the other, `lost`, or `tie`.
+
+    It was not asked about two equal texts (`same`). `prompt_ids` are those of the judge's traces, `one` shown first
+    and shown last.
+    """
+
+    problem_id: str
+    one_id: str
+    other_id: str
+    shown_first: Said
+    shown_last: Said
+    prompt_ids: tuple[str, ...] = ()
+
+    @property
+    def result(self) -> str:
+        """`won` or `lost` where both orders say so. Everything else, also `orders_disagree`, means: it cannot tell."""
+        said = (self.shown_first, self.shown_last)
+        if "no_answer" in said:
+            return "no_answer"
+        if "nonsense" in said:
+            return "nonsense"
+        return said[0] if said[0] == said[1] else "orders_disagree"
 
 
 class Record(Protocol):
@@ -336,6 +365,7 @@ _CONVERTERS: Mapping[type[Any], Mapping[str, Callable[[Any], Any]]] = types.Mapp
         Verdict: {"outcome": _member_of(Outcome)},
         Answer: {"outcome": _member_of(Outcome)},
         Pair: {"prompt": _messages},
+        Preference: {"prompt_ids": tuple},
     }
 )
 

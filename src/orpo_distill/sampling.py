@@ -18,7 +18,16 @@ from pathlib import Path
 from orpo_distill import interrupt, progress
 from orpo_distill.component import blamed, type_name
 from orpo_distill.errors import DataError, RunError
-from orpo_distill.records import FinishReason, JsonlAppender, Message, Trace, atomic_file, from_json, stable_hash
+from orpo_distill.records import (
+    FinishReason,
+    JsonlAppender,
+    Message,
+    Trace,
+    atomic_file,
+    from_json,
+    stable_hash,
+    write_jsonl,
+)
 from orpo_distill.samplers import Completion, Decoding, Request, Sampler
 
 Key = tuple[str, int, str]  # problem id, sample index, prompt id
@@ -120,6 +129,13 @@ class _Yield:
 def finish_traces(requests: Sequence[Request], out: Path) -> None:
     """Put the traces of these requests, all of which stand in `out`, into `out/traces.jsonl`, in their order."""
     Standing(out).finish([_key(request) for request in requests])
+
+
+def take_over(requests: Sequence[Request], before: Path, out: Path) -> None:
+    """Let what another stage's finished traces answer of these requests stand in `out` too."""
+    there, keys = Standing(before), [_key(request) for request in requests]
+    found = [key for key in keys if not there.lacks(key, failed=True)]
+    write_jsonl(out / "traces.partial-before.jsonl", there.traces(found))
 
 
 def standing_traces(requests: Sequence[Request], out: Path) -> Iterator[Trace]:

@@ -26,8 +26,8 @@ class Estimate:
     weak: bool  # too few seeds to say how another seed would do
 
 
-def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The Wilson score interval of an accuracy of `correct` out of `n` (Wilson 1927, JASA 22:209).
+def wilson(correct: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The Wilson score interval of an accuracy of `correct` (halves count) out of `n` (Wilson 1927, JASA 22:209).
 
     Never leaves [0, 1] and stays honest for few problems and for accuracies near 0 or 1. Raises ValueError unless
     0 <= correct <= n, n >= 1 and 0 < confidence < 1.

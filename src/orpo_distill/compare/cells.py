@@ -179,6 +179,11 @@ def design_of(configs: Sequence[Config], wanted: Wanted) -> Design:
     """The comparison that was asked for. Raises ConfigError for words that mean nothing, or settings that clash."""
     if not configs:
         raise ConfigError("expected a config to compare methods on, found none; name at least one file")
+    if open_ended := next((config.name for config in configs if config.task.open_ended), None):
+        raise ConfigError(
+            f"expected tasks with gold answers, found an open-ended one in {open_ended}: compare counts right answers; "
+            "run the configs one by one, their reports have win rates against the initial student"
+        )
     methods = parse_methods(wanted.methods, configs)
     sweeps, budgets = _sweeps(wanted.sweeps), _budgets(wanted.budgets)
     if sweeps and "epochs" not in budgets:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from orpo_distill.page.blocks import Block, Section, Table, Text, count, duration, number
-from orpo_distill.page.files import Row, RunFiles
+from orpo_distill.page.files import Row, RunFiles, judged
 from orpo_distill.page.measures import Measured
 
 MILLION = 1_000_000
@@ -27,7 +27,7 @@ class Cost:
 
 def costs(files: RunFiles, measured: Sequence[Measured]) -> list[Cost]:
     """The cost of every stage that is there, in the order of the run."""
-    by_stage = {each.source.stage: each for each in measured}
+    by_stage = {each.source.stage: each for each in (*measured, *_judgements(files))}
     names = [*by_stage, *(f"round-{number}/train" for number in files.rounds), "sft/train", *files.times]
     found = []
     for stage in sorted(dict.fromkeys(names), key=_order):
@@ -43,10 +43,24 @@ def costs(files: RunFiles, measured: Sequence[Measured]) -> list[Cost]:
     return found
 
 
+def _judgements(files: RunFiles) -> Iterator[Measured]:
+    """What the judge was asked in each stage, without what an earlier round had asked it."""
+    asked: set[str] = set()
+    for source in files.judgements:
+        found = Measured(source)
+        new = [trace for trace, _ in judged(source) if trace.prompt_id not in asked]
+        asked.update(trace.prompt_id for trace in new)
+        for trace in new:
+            found.lengths.add(trace.text, trace.completion_tokens)
+            found.prompt_tokens += trace.prompt_tokens or 0
+        yield found
+
+
 def _order(stage: str) -> tuple[int, int, int]:
     """Where a stage stands in a run."""
     head, _, tail = stage.partition("/")
-    steps = ["phi", "student", "student-verdicts", "pairs", "reference-scores", "teacher-scores", "train", "evaluate"]
+    steps = ["phi", "student", "student-verdicts", "candidates", "pairs", "reference-scores", "teacher-scores", "train"]
+    steps += ["evaluate", "judged"]
     step = steps.index(tail) if tail in steps else len(steps)
     first = ["problems", "teacher", "teacher-verdicts", "student-0", "student-0-verdicts", "baseline", "warmup"]
     if head.startswith("round-") and head[6:].isdecimal():
@@ -59,7 +73,8 @@ def _order(stage: str) -> tuple[int, int, int]:
 
 def _money(config: Row, measured: Measured) -> float | None:
     """Tokens times the prices of the config; None without prices."""
-    role = config.get("teacher" if measured.source.policy == "teacher" else "student")
+    policy = measured.source.policy
+    role = config.get(policy if policy in ("teacher", "judge") else "student")
     sampler: Any = role.get("sampler") if isinstance(role, dict) else None
     price = sampler.get("price") if isinstance(sampler, dict) else None
     if not isinstance(price, dict) or not (price.get("prompt") or price.get("completion")):

@@ -18,12 +18,12 @@ from orpo_distill.records import Problem, Trace, Verdict, from_json, read_jsonl
 from orpo_distill.runs import Manifest, RunFolder
 
 Row = dict[str, Any]
-Kind = Literal["sampled", "evaluated"]
+Kind = Literal["sampled", "evaluated", "judged"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A stage whose traces are there: sampled to be trained on, or answers of an evaluation."""
+    """A stage whose traces are there: sampled to be trained on, answers of an evaluation, or what a judge said."""
 
     stage: str
     policy: str
@@ -143,7 +143,9 @@ class RunFiles:
     def results(self, stage: str) -> list[Row]:
         """The rows of an evaluation's `results.json`."""
         rows: list[Row] = self.json(f"{stage}/results.json", [])
-        needed = {"policy", "split", "n", "correct", "accuracy", "low", "high", "parsed", "truncated"}
+        needed = {"policy", "split", "n", "truncated"}
+        if not self.open_ended:
+            needed |= {"correct", "accuracy", "low", "high", "parsed"}
         for row in rows:
             if not isinstance(row, dict) or not needed <= row.keys():
                 lacking = ", ".join(sorted(needed - set(row if isinstance(row, dict) else ())))
@@ -152,6 +154,31 @@ class RunFiles:
                     "again"
                 )
         return rows
+
+    @cached_property
+    def open_ended(self) -> bool:
+        """Whether the task has no right answers: by its verifier's name, or by what the first evaluation says."""
+        task = self.config.get("task")
+        verifier = task.get("verifier") if isinstance(task, dict) else None
+        rows = self.json("baseline/results.json", [])
+        measured = all(not isinstance(row, dict) or row.get("accuracy", 0) is not None for row in rows)
+        return not measured or (isinstance(verifier, dict) and verifier.get("type") == "role")
+
+    @cached_property
+    def win_rates(self) -> list[Row]:
+        """What the judge says of every policy's answers, in the order of the run."""
+        return [row for stage in self._judged for row in self.json(f"{stage}/win-rates.json", [])]
+
+    @property
+    def _judged(self) -> list[str]:
+        return ["baseline-judged", "warmup/judged", *(f"round-{number}/judged" for number in self.rounds), "sft/judged"]
+
+    @cached_property
+    def judgements(self) -> list[Source]:
+        """Every stage in which a judge was asked."""
+        stages = [*(f"round-{number}/pairs" for number in self.rounds), *self._judged]
+        found = [Source(stage, "judge", 0, "judged", self.path / stage, self.path / stage) for stage in stages]
+        return [source for source in found if any(source.traces.glob("traces*.jsonl"))]
 
     @cached_property
     def sources(self) -> list[Source]:

@@ -16,14 +16,16 @@ INTERVALS = (
 
 
 def all_results(files: RunFiles) -> list[Row]:
-    """The rows of every evaluation, in the order of the run."""
+    """The rows of every evaluation, in the order of the run; none where there are no right answers."""
+    if files.open_ended:
+        return []
     return [row for stage in files.evaluations.values() for row in files.results(stage)]
 
 
 def comparisons(files: RunFiles) -> list[Row]:
     """Every policy against the initial student, on the problems that both answered."""
     stages = files.evaluations
-    first = stages.get("student-0")
+    first = None if files.open_ended else stages.get("student-0")
     if first is None or not (files.path / first / "answers.jsonl").exists():
         return []
     return [
@@ -56,11 +58,12 @@ def headline(results: Sequence[Row], paired: Sequence[Row], policy: str | None) 
         return f"{said} (95% interval {between(row['low'], row['high'])})."
     return (
         f"{said}: {points(against['difference'])} points against the initial student (95% interval "
-        f"{between(against['low'], against['high'], signed=True)}, exact McNemar p {_equals(p_value(against['p']))})."
+        f"{between(against['low'], against['high'], signed=True)}, exact McNemar p {equals(p_value(against['p']))})."
     )
 
 
-def _equals(written: str) -> str:
+def equals(written: str) -> str:
+    """A written number behind the name of what it is: `= 0.2`, or `< 0.0001` as it stands."""
     return written if written.startswith("<") else f"= {written}"
 
 

@@ -17,6 +17,7 @@ from orpo_distill.page.measures import measure, pairings
 from orpo_distill.page.rendering import Page, render
 from orpo_distill.page.results import all_results, comparisons, headline, results_section, whole_texts
 from orpo_distill.page.settings import settings_section
+from orpo_distill.page.win_rates import BY_ROLE, win_headline, win_section
 from orpo_distill.page.yields import lengths_section, outcomes_section, yield_section
 
 
@@ -32,12 +33,12 @@ def run_page(path: Path, missing: Sequence[str] = (), traces: int = MOST_TRACES)
     measured = [measure(source) for source in files.sources]
     teacher = next((each for each in measured if each.source.stage == "teacher"), None)
     rounds = pairings(files, teacher)
-    browser = embedded(files, measured, traces)
+    browser, said = embedded(files, measured, traces), whole_texts(_scores(files))
     sections = [
-        results_section(results, paired, whole_texts(_scores(files))),
+        win_section(files, said or "") if files.open_ended else results_section(results, paired, said),
         health_section(files),
         yield_section(rounds),
-        outcomes_section(measured),
+        None if files.open_ended else outcomes_section(measured),
         lengths_section(measured, rounds),
         mechanisms_section(files),
         Section("traces", "Traces and pairs", [browser.block]) if browser else None,
@@ -46,7 +47,7 @@ def run_page(path: Path, missing: Sequence[str] = (), traces: int = MOST_TRACES)
     ]
     page = Page(
         title=files.name,
-        headline=headline(results, paired, files.final_student),
+        headline=win_headline(files) if files.open_ended else headline(results, paired, files.final_student),
         facts=facts(files.config),
         sections=[section for section in sections if section],
         version=metadata.version("orpo-distill"),
@@ -112,11 +113,11 @@ def free_tables(content: Any, where: str) -> list[Table]:
 
 
 def _notices(files: RunFiles, missing: Sequence[str]) -> list[str]:
-    found = []
+    found = [BY_ROLE] if files.open_ended else []
     waiting = [stage for stage in missing if stage not in files.unfinished]
     if files.unfinished:
         found.append(f"This run is not finished. Begun: {', '.join(map(plain, files.unfinished))}.")
     if waiting:
-        start = "Yet to come" if found else "This run is not finished. Yet to come"
+        start = "Yet to come" if files.unfinished else "This run is not finished. Yet to come"
         found.append(f"{start}: {', '.join(map(plain, waiting))}. This page shows what is there.")
     return found

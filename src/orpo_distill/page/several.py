@@ -28,7 +28,9 @@ from orpo_distill.page.paired import compare
 from orpo_distill.page.rendering import Page, render
 from orpo_distill.page.results import accuracy_chart, all_results
 from orpo_distill.page.settings import command, shown
+from orpo_distill.page.win_rates import win_table
 from orpo_distill.runs import flatten
+from orpo_distill.win_rates import WIN_RATE_NOTE
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class _Run:
 
     @property
     def last(self) -> str | None:
-        """The stage that evaluated the final student."""
-        return self.files.evaluations.get(self.files.final_student or "")
+        """The stage that evaluated the final student; None where there are no right answers."""
+        return None if self.files.open_ended else self.files.evaluations.get(self.files.final_student or "")
 
 
 def runs_page(paths: Sequence[Path]) -> str:
@@ -49,12 +51,13 @@ def runs_page(paths: Sequence[Path]) -> str:
     The first run is the one that the others are compared with. Raises what `run_page` raises.
     """
     runs = _named([RunFiles(path) for path in paths])
-    missing = [run.name for run in runs if run.last is None]
+    measured = [run for run in runs if not run.files.open_ended]
+    missing = [run.name for run in measured if run.last is None]
     page = Page(
         title=" / ".join(run.name for run in runs[:4]) + (" …" if len(runs) > 4 else ""),
         headline=f"{len(runs)} runs side by side; the others are compared with {runs[0].name}.",
         facts=[],
-        sections=[_results(runs), _compared(runs), _costs(runs), _settings(runs)],
+        sections=[_results(runs), *([_compared(runs)] if measured else []), _costs(runs), _settings(runs)],
         version=metadata.version("orpo-distill"),
         notices=[f"No evaluated student yet in: {', '.join(missing)}."] if missing else [],
     )
@@ -85,7 +88,10 @@ def _results(runs: Sequence[_Run]) -> Section:
         if row["split"] == "test"
     ]
     columns = ["run and policy", "n", "accuracy", "95% interval", "states an answer", "cut before one"]
-    blocks: list[Block] = [Table("Accuracy on test", columns, rows, "Wilson intervals.")]
+    judged = {run.name: run.files.win_rates for run in runs if run.files.win_rates}
+    blocks: list[Block] = [win_table("Win rates on test", judged, note=WIN_RATE_NOTE)] if judged else []
+    if rows or not judged:
+        blocks.append(Table("Accuracy on test", columns, rows, "Wilson intervals."))
     if rows:
         blocks.append(accuracy_chart("accuracy", {run.name: run.results for run in runs}))
     return Section("results", "Results", blocks)

@@ -21,6 +21,13 @@ REASONS = {
     "duplicate": "the same text as an earlier one",
     "over_max_chosen": "more than max_chosen",
     "unpaired": "usable, but not needed",
+    "undecided": "the judge could not tell in any of its pairs",
+    "orders_disagree": "the judge's two orders disagree",
+    "tie": "the judge sees no difference",
+    "nonsense": "the judge talks nonsense",
+    "no_answer": "the judge gave no answer",
+    "same": "both texts are equal",
+    "lost": "the judge prefers the rejected one, which was cut",
 }
 """Of `dropped.jsonl`, in words. Outcomes stand for themselves."""
 

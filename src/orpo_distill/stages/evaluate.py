@@ -1,6 +1,7 @@
 """Evaluate: how often a model's answers are right, by the same verifier that made the pairs.
 
-Greedy by default. Texts are sampled resumably like every other trace; `results.json` has one row a split.
+Greedy by default. Texts are sampled resumably like every other trace; `results.json` has one row a split. Of an
+open-ended task it only says how many answers there are and how many were cut: `stages.judge` compares them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import SerializeAsAny
 
 from orpo_distill.component import SPEED_ONLY, Options
 from orpo_distill.config import VerifySection
-from orpo_distill.errors import DataError
+from orpo_distill.errors import ConfigError, DataError
 from orpo_distill.records import (
     Answer,
     FinishReason,
@@ -96,7 +97,8 @@ def evaluate(options: EvaluateOptions, inputs: Mapping[str, Path], out: Path) ->
     )
     write_jsonl(out / "verdicts.jsonl", verdicts.values())
     write_jsonl(out / "answers.jsonl", _answers(splits, verdicts))
-    rows = [_row(options.policy, split, chosen, verdicts) for split, chosen in splits.items()]
+    row = _open_row if verifier.open_ended else _row
+    rows = [row(options.policy, split, chosen, verdicts) for split, chosen in splits.items()]
     write_text(out / "results.json", json.dumps(rows, indent=1) + "\n")
     return {row["split"]: row for row in rows}
 
@@ -127,8 +129,19 @@ def _row(policy: str, split: str, problems: Sequence[Problem], verdicts: Mapping
     }
 
 
+def _open_row(policy: str, split: str, problems: Sequence[Problem], verdicts: Mapping[str, Verdict]) -> Row:
+    cut = sum(verdicts[problem.id].outcome is Outcome.TRUNCATED for problem in problems)
+    n = len(problems)
+    return {"policy": policy, "split": split, "n": n, "accuracy": None, "truncated": cut / n}
+
+
 def evaluate_model(model: str, task: Task, sampler: Sampler, decoding: Decoding, split: str, limit: int | None) -> Row:
-    """Measure one model outside of a run: the row of `results.json`. Raises DataError, ModelError."""
+    """Measure one model outside of a run: the row of `results.json`. Raises ConfigError, DataError, ModelError."""
+    if task.open_ended:
+        raise ConfigError(
+            "expected a task with gold answers, found an open-ended one: its answers are only measured against others, "
+            "by the judge of a run"
+        )
     name = "validation" if split == "validation" else "test"
     options = EvaluateOptions(
         task=task, sampler=sampler, decoding=decoding, model=model, policy=model, limits={name: limit}, seed=0

@@ -26,10 +26,10 @@ COMPARED = (
 )
 
 
-def tables(measures: Row) -> list[Row]:
+def tables(measures: Row, open_ended: bool = False) -> list[Row]:
     """Every table: `title`, `note`, `columns`, `rows`. One that a run cannot fill has no rows, and says why."""
     return [
-        _negatives(measures["negatives"]),
+        _negatives(measures["negatives"], open_ended),
         _diversity(measures["diversity"]),
         _trained_on(measures["trained_on"], bool(measures["diversity"])),
         _likelihood(measures["likelihood"], bool(measures["diversity"])),
@@ -42,13 +42,15 @@ def _table(title: str, note: str, columns: Sequence[str], rows: Iterable[Sequenc
     return {"title": title, "note": note, "columns": list(columns), "rows": [list(row) for row in rows]}
 
 
-def _negatives(rows: Sequence[Row]) -> Row:
+def _negatives(rows: Sequence[Row], open_ended: bool) -> Row:
     note = (
         "Outcomes of the samples that negatives are taken from. `dried up`: problems without a wrong trace; `fell "
         "back`: problems of the latest student for which the initial one's negatives stood in."
     )
     if not any(row["policy"] != "teacher" for row in rows):
         note += " No student was sampled: this objective or these settings use no negatives of it."
+    if open_ended:
+        note += " The task has no right answers: a student's text counts as wrong by role, the teacher's as correct."
     outcomes = ("wrong", "correct", "truncated", "unparseable", "failed")
     columns = ("round", "phi", "policy", "problems", "samples", *outcomes, "dried up", "fell back")
     shown = [

@@ -66,11 +66,11 @@ def mechanisms(options: MechanismsOptions, inputs: Mapping[str, Path], out: Path
             "likelihood": likelihood,
             "training": list(_training(inputs)),
             "curve": _curve(_log(inputs, options.rounds)),
-            "texts": [*_evaluated(inputs), *_sampled(found)],
+            "texts": [*_evaluated(inputs), *_sampled(found, options.task.open_ended)],
         }
     )
     named = warnings(measures)
-    content = {"tables": tables(measures), "warnings": named, "measures": measures}
+    content = {"tables": tables(measures, options.task.open_ended), "warnings": named, "measures": measures}
     write_text(out / FILE, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     for warning in named:
         say(f"  {warning}")
@@ -219,21 +219,23 @@ def _evaluated(inputs: Mapping[str, Path]) -> Iterator[Row]:
                 "texts": len(texts),
                 "words": fmean(count for count, _ in texts),
                 "tokens": fmean(tokens) if tokens else None,
-                **{name: results[split][name] for name in ("parsed", "truncated")},
+                "parsed": results[split].get("parsed"),
+                "truncated": results[split]["truncated"],
             }
 
 
-def _sampled(found: Gathered) -> Iterator[Row]:
+def _sampled(found: Gathered, open_ended: bool) -> Iterator[Row]:
     """Length and form of what was sampled; of the initial student also for what each latest one was asked."""
     for stage, tally in found.samples.items():
         where = f"sampled for round {_round_of(stage)}"
-        yield _form(where, _policy_of(stage), None, tally.numbers())
+        yield _form(where, _policy_of(stage), None, tally.numbers(), open_ended)
         if stage in found.initial:
-            yield _form(where, INITIAL, _policy_of(stage), found.initial[stage].numbers())
+            yield _form(where, INITIAL, _policy_of(stage), found.initial[stage].numbers(), open_ended)
 
 
-def _form(where: str, policy: str, same_as: str | None, numbers: Row) -> Row:
-    parsed = None if numbers["correct"] is None else numbers["correct"] + numbers["wrong"]
+def _form(where: str, policy: str, same_as: str | None, numbers: Row, open_ended: bool) -> Row:
+    """A row of lengths and shares; no text of an open-ended task states an answer."""
+    parsed = None if open_ended or numbers["correct"] is None else numbers["correct"] + numbers["wrong"]
     shown = {"texts": numbers["samples"], "words": numbers["words"], "tokens": numbers["tokens"]}
     who = {"where": where, "policy": policy, "same_as": same_as}
     return {**who, **shown, "parsed": parsed, "truncated": numbers["truncated"]}

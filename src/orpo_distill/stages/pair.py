@@ -57,7 +57,7 @@ class PairOptions(PairsSection):
 
 
 @dataclass
-class _Tally:
+class Tally:
     """What the report says of a round's pairs."""
 
     problems: int = 0
@@ -106,7 +106,7 @@ def pair(options: PairOptions, inputs: Mapping[str, Path], out: Path) -> dict[st
     Inputs: `problems`, `teacher`, `teacher-verdicts`; `initial` and `latest`, each with its verdicts, where negatives
     come from them. Raises DataError if the files do not belong together, or leave nothing to train on.
     """
-    tally = _Tally()
+    tally = Tally()
     problems = inputs["problems"] / "problems.jsonl"
     with problems.open("rb") as lines:
         total = sum(1 for _ in lines)
@@ -222,7 +222,7 @@ def pair_indices(
 
 
 def _pair_case(
-    options: PairOptions, sieve: Sieve, counts: Mapping[str, int], tally: _Tally
+    options: PairOptions, sieve: Sieve, counts: Mapping[str, int], tally: Tally
 ) -> tuple[list[Pair], list[Dropped]]:
     """The pairs of one problem, and what fell out of it. Counts both."""
     case, sieve.counts = sieve.case, counts
@@ -274,7 +274,7 @@ _ADVICE = {
 }
 
 
-def _check(options: PairOptions, tally: _Tally) -> None:
+def _check(options: PairOptions, tally: Tally) -> None:
     """Raises DataError, with the commonest reason and its remedy, if no pair was made."""
     if tally.pairs:
         return

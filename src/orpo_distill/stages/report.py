@@ -21,6 +21,14 @@ from orpo_distill.page.results import whole_texts
 from orpo_distill.progress import say
 from orpo_distill.records import write_text
 from orpo_distill.runs import read_manifest
+from orpo_distill.stages.open_report import (
+    judge_warnings,
+    open_headline,
+    open_headline_text,
+    read_win_rates,
+    win_rate_table,
+)
+from orpo_distill.win_rates import WIN_RATE_NOTE
 
 Row = dict[str, Any]
 
@@ -38,18 +46,22 @@ def report(options: ReportOptions, inputs: Mapping[str, Path], out: Path) -> dic
     results = [row for path in evaluations.values() for row in json.loads((path / "results.json").read_bytes())]
     first, last = "student-0", _chosen(inputs) or f"student-{options.rounds}"
     split = "test" if any(row["split"] == "test" for row in results) else "validation"
-    comparisons = [
-        comparison
-        for policy in evaluations
-        if policy != first
-        for comparison in compare(evaluations[first], evaluations[policy], first, policy)
-    ]
+    if all(row["accuracy"] is not None for row in results):
+        comparisons = [
+            comparison
+            for policy in evaluations
+            if policy != first
+            for comparison in compare(evaluations[first], evaluations[policy], first, policy)
+        ]
+        headline = _headline(results, comparisons, last, split)
+        measured: Row = {"headline": headline, "results": results, "comparisons": comparisons}
+    else:
+        rates = read_win_rates(inputs)
+        measured = {"headline": open_headline(results, rates, last, split), "results": results, "win_rates": rates}
     content = {
         "name": options.name,
         "version": metadata.version("orpo-distill"),
-        "headline": _headline(results, comparisons, last, split),
-        "results": results,
-        "comparisons": comparisons,
+        **measured,
         "mechanisms": _measured(inputs.get("mechanisms")),
         "stages": {key: _stage(path) for key, path in inputs.items()},
     }
@@ -67,10 +79,15 @@ def _write_page(out: Path) -> None:
         say(f"  no report.html: {error}; then write it with: orpo-distill report {out.parent}")
 
 
-def results_table(results: Sequence[Row], split: str = "test") -> list[tuple[str, ...]]:
-    """Rows of text: policy, n, accuracy with its 95% interval, parsed, truncated. The first row is the header."""
+def results_table(content: Row, split: str = "test") -> list[tuple[str, ...]]:
+    """Rows of text: policy, n, accuracy with its 95% interval, parsed, truncated. The first row is the header.
+
+    Of an open-ended task, win rates instead.
+    """
+    if "win_rates" in content:
+        return win_rate_table(content["win_rates"], split)
     table: list[tuple[str, ...]] = [("policy", "n", "accuracy", "95% interval", "parsed", "truncated")]
-    for row in results:
+    for row in content["results"]:
         if row["split"] == split:
             interval = f"{row['low']:.1%} to {row['high']:.1%}"
             shares = (f"{row['parsed']:.1%}", f"{row['truncated']:.1%}")
@@ -80,6 +97,8 @@ def results_table(results: Sequence[Row], split: str = "test") -> list[tuple[str
 
 def headline_text(headline: Row) -> str:
     """The result in one sentence: always the final student's, never the best one's."""
+    if "accuracy" not in headline:
+        return open_headline_text(headline)
     return (
         f"{headline['policy']}: {headline['accuracy']:.1%} on {headline['split']}, {headline['difference']:+.1%} "
         f"against the initial student (95% interval {headline['low']:+.1%} to {headline['high']:+.1%}, exact McNemar "
@@ -92,19 +111,33 @@ def render_markdown(content: Row) -> str:
     parts = [f"# {content['name']}", "", headline_text(content["headline"]) + ".", ""]
     if said := whole_texts({key: stage["metrics"] for key, stage in content["stages"].items()}):
         parts += [said, ""]
-    for split in ("test", "validation"):
-        table = results_table(content["results"], split)
-        if len(table) > 1:
-            majority = next(row["majority"] for row in content["results"] if row["split"] == split)
-            parts += [f"## Accuracy on {split}", "", *markdown_table(table), ""]
-            parts += [f"Always giving the most common answer would score {majority:.1%}.", ""]
-    parts += ["## Against the initial student, paired", "", *markdown_table(_comparison_table(content)), ""]
+    parts += _win_rates(content) if "win_rates" in content else _accuracies(content)
     parts += _mechanisms(content["mechanisms"])
     for key, stage in content["stages"].items():
         if not key.startswith("evaluate:"):
             parts += [f"## {key}", "", *markdown_table([("measure", "value"), *_flat(stage["metrics"])]), ""]
-    parts += ["Intervals are 95%: Wilson for an accuracy, Newcombe's paired interval for a difference.", ""]
+    if "comparisons" in content:
+        parts += ["Intervals are 95%: Wilson for an accuracy, Newcombe's paired interval for a difference.", ""]
     return "\n".join(parts)
+
+
+def _accuracies(content: Row) -> list[str]:
+    parts = []
+    for split in ("test", "validation"):
+        table = results_table(content, split)
+        if len(table) > 1:
+            majority = next(row["majority"] for row in content["results"] if row["split"] == split)
+            parts += [f"## Accuracy on {split}", "", *markdown_table(table), ""]
+            parts += [f"Always giving the most common answer would score {majority:.1%}.", ""]
+    return [*parts, "## Against the initial student, paired", "", *markdown_table(_comparison_table(content)), ""]
+
+
+def _win_rates(content: Row) -> list[str]:
+    parts = [line for warning in judge_warnings(content) for line in (f"**Warning.** {warning}.", "")]
+    for split in ("test", "validation"):
+        table = results_table(content, split)
+        parts += [f"## Win rates on {split}", "", *markdown_table(table), ""] if len(table) > 1 else []
+    return [*parts, WIN_RATE_NOTE, ""]
 
 
 def _measured(folder: Path | None) -> Row:

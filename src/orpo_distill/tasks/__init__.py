@@ -11,7 +11,7 @@ from orpo_distill.verifiers import Verifier
 
 
 class Task(Component):
-    """A source of problems with gold answers."""
+    """A source of problems, with gold answers unless its verifier is for open-ended tasks."""
 
     family = "task"
     types = {
@@ -39,6 +39,11 @@ class Task(Component):
     @abstractmethod
     def judge(self) -> Verifier:
         """The verifier of this task's answers."""
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether nobody can say what is right: accuracy means nothing."""
+        return self.judge().open_ended
 
 
 def take(found: Sequence[Problem], limit: int | None, seed: int) -> list[Problem]:

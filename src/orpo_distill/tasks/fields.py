@@ -34,12 +34,13 @@ def to_problem(fields: Mapping[str, Any], verifier: Verifier) -> Problem:
     """The problem that a row holds; its id is empty where the row has none.
 
     The gold answer gets the form that `verifier` reads: the letter of a choice's position, a plain number, yes or no,
-    or the text as it stands. Raises ValueError for a missing question or answer, and for one that fits no choice.
+    or the text as it stands; it is empty, and may be missing, where `verifier` is for open-ended tasks. Raises
+    ValueError for a missing question or answer, and for one that fits no choice.
     """
     if isinstance(nested := fields.get("question"), Mapping):  # {"stem": ..., "choices": [...]}: AI2's release files
         fields = {**fields, **nested, "question": nested.get("stem")}
     identity, choices = _first(fields, "id"), _first(fields, "choices")
-    question, answer = _first(fields, "question"), _first(fields, "answer")
+    question, answer = _first(fields, "question"), "" if verifier.open_ended else _first(fields, "answer")
     for name, value in (("question", question), ("gold answer", answer)):
         if value is None:
             known = ", ".join(ALIASES[name.split()[-1]])
@@ -50,7 +51,7 @@ def to_problem(fields: Mapping[str, Any], verifier: Verifier) -> Problem:
     return Problem(
         id="" if identity is None else str(identity).strip(),
         question=question.strip(),
-        answer=_gold(answer, labels, texts, verifier),
+        answer="" if verifier.open_ended else _gold(answer, labels, texts, verifier),
         choices=texts,
     )
 

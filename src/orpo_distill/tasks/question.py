@@ -49,7 +49,9 @@ class Example(Options):
 
 
 def default_prompt(verifier: Verifier | None) -> str:
-    """Reason, then answer in the words that the verifier reads best."""
+    """Reason, then answer in the words that the verifier reads best; the question alone for an open-ended task."""
+    if verifier is not None and verifier.open_ended:
+        return "{question}"
     ending = next((text for kind, text in _ENDINGS if isinstance(verifier, kind)), _OTHER_ENDING)
     return f"{{question}}\n{{choices}}\n\nThink step by step, then {ending}"
 

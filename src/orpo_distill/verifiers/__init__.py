@@ -25,8 +25,10 @@ class Verifier(Component):
         "yes_no": "orpo_distill.verifiers.yes_no:YesNo",
         "exact": "orpo_distill.verifiers.exact:Exact",
         "math": "orpo_distill.verifiers.math:Math",
+        "role": "orpo_distill.verifiers.role:Role",
     }
     isolated: ClassVar[bool] = True
+    open_ended: ClassVar[bool] = False  # True: nobody can say what is right; problems need no gold answer
 
     @abstractmethod
     def __call__(self, problem: Problem, trace: Trace) -> Verdict:

@@ -133,7 +133,7 @@ function question(trace, hit) {
   const block = element("div", "", head, element("p", "question", ...written(text, hit)));
   choices.forEach((choice, place) =>
     block.append(element("p", "question", String.fromCharCode(65 + place) + ". ", ...written(choice, hit))));
-  block.append(element("p", "", "Right answer: ", element("strong", "", ...written(answer))));
+  if (answer) block.append(element("p", "", "Right answer: ", element("strong", "", ...written(answer))));
   return block;
 }
 

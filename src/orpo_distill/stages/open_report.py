@@ -1,0 +1,81 @@
+"""What the report says of an open-ended task, which has no accuracy: the judge's win rates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orpo_distill.stages.judge import WIN_RATES
+
+Row = dict[str, Any]
+INITIAL = "student-0"
+
+
+def read_win_rates(inputs: Mapping[str, Path]) -> list[Row]:
+    """The rows of every stage that compared answers."""
+    paths = (path / WIN_RATES for path in inputs.values())
+    return [row for path in paths if path.exists() for row in json.loads(path.read_bytes())]
+
+
+def open_headline(results: Sequence[Row], rates: Sequence[Row], policy: str, split: str) -> Row:
+    """The last student's win rate against the initial one; without a judge, how much it answered."""
+    row = next(row for row in results if row["policy"] == policy and row["split"] == split)
+    against = {"policy": policy, "against": INITIAL, "split": split}
+    rate = next((row for row in rates if against.items() <= row.items()), None)
+    if rate is None:
+        return {"policy": policy, "split": split, "n": row["n"]}
+    return against | {key: rate[key] for key in ("n", "win_rate", "low", "high", "p")}
+
+
+def open_headline_text(headline: Row) -> str:
+    """The result in one sentence."""
+    who, split = headline["policy"], headline["split"]
+    if "win_rate" not in headline:
+        return f"{who}: {headline['n']} answers on {split}, not measured: no gold answers, and no judge in the config"
+    if headline["win_rate"] is None:
+        return f"{who}: no win rate on {split}, because the judge gave no answer that can be read"
+    return (
+        f"{who} wins {headline['win_rate']:.1%} of {headline['n']} comparisons with the initial student on {split} "
+        f"(95% interval {headline['low']:.1%} to {headline['high']:.1%}, exact sign test p = {headline['p']:.2g})"
+    )
+
+
+def win_rate_table(rates: Sequence[Row], split: str) -> list[tuple[str, ...]]:
+    """Rows of text; the first one is the header."""
+    header = ("policy", "against", "n", "win rate", "95% interval", "won / even / lost", "p")
+    judge = ("first shown won", "orders disagree", "nonsense")
+    return [(*header, *judge)] + [
+        (
+            row["policy"],
+            row["against"],
+            str(row["n"]),
+            _percent(row["win_rate"]),
+            "" if row["low"] is None else f"{row['low']:.1%} to {row['high']:.1%}",
+            f"{row['won']} / {row['n'] - row['won'] - row['lost']} / {row['lost']}",
+            "" if row["p"] is None else f"{row['p']:.2g}",
+            *(_percent(row[name]) for name in ("first_shown_won", "disagreement", "nonsense_answers")),
+        )
+        for row in rates
+        if row["split"] == split
+    ]
+
+
+def judge_warnings(content: Row) -> list[str]:
+    """What makes one doubt the judge, of pairs and of answers, each with where it was found."""
+    of_pairs = [
+        f"{name}: {warning}"
+        for name, stage in content["stages"].items()
+        for warning in (stage["metrics"].get("judge") or {}).get("warnings", ())
+    ]
+    of_answers = [
+        f"{row['policy']} against {row['against']} on {row['split']}: {warning}"
+        for row in content["win_rates"]
+        for warning in row["warnings"]
+    ]
+    return of_pairs + of_answers
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
