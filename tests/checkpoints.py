@@ -80,12 +80,17 @@ def tiny_tokenizer(vocab: str = "", chat_template: str | None = None) -> PreTrai
 
 
 def save_tiny_checkpoint(
-    folder: Path, architecture: str = "llama", vocab: str = "", seed: int = 0, chat_template: str | None = None
+    folder: Path,
+    architecture: str = "llama",
+    vocab: str = "",
+    seed: int = 0,
+    chat_template: str | None = None,
+    **options: Any,
 ) -> Path:
     """Save a random model of one of `ARCHITECTURES` (2 layers of 16) with its tokenizer in `folder`; returns it.
 
-    `vocab` holds the characters the model knows; none means every byte. Weights are large enough that the
-    distributions are far from uniform.
+    `vocab` holds the characters the model knows; none means every byte. `options` are settings of the model's config.
+    Weights are large enough that the distributions are far from uniform.
     """
     tokenizer = tiny_tokenizer(vocab, chat_template)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
@@ -98,7 +103,7 @@ def save_tiny_checkpoint(
         "initializer_range": 0.3,
         "tie_word_embeddings": False,
     }
-    config = AutoConfig.for_model(**{**sizes, **_SIZES[architecture]}, vocab_size=len(tokenizer), **special)
+    config = AutoConfig.for_model(**{**sizes, **_SIZES[architecture], **options}, vocab_size=len(tokenizer), **special)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
