@@ -5,11 +5,12 @@
 Of all blocks of n consecutive layers the one goes whose input and output point most nearly the same way (Gromov et al.,
 "The Unreasonable Ineffectiveness of the Deeper Layers", arXiv 2403.17887, section 3.2), by the angular distance
 
-    d(l) = mean over texts of  arccos( x_l . x_(l+n) / (|x_l| |x_(l+n)|) ) / pi
+    d(l) = mean over tokens of  arccos( x_l . x_(l+n) / (|x_l| |x_(l+n)|) ) / pi
 
-where x_l is what enters layer l at a text's last token: 0 the same direction, 1 the opposite one. n is the share of all
-layers, rounded. What is left answers worse until it is trained: `configs/pruned-dadpo.yaml` does that. FILE has rows
-with a field `text` or `question`, as JSON Lines (also gzipped) or Parquet: a task's problems, a run's traces.jsonl.
+where x_l is what enters layer l at a token: 0 the same direction, 1 the opposite one. The paper takes the last token of
+many long texts; here it is every token but a text's first, whose state is of another size and hardly turns. n is the
+share of all layers, rounded. What is left answers worse until it is trained: `configs/pruned-dadpo.yaml` does that.
+FILE has rows with a field `text` or `question`, as JSON Lines (also gzipped) or Parquet: problems, or a run's traces.
 """
 
 from __future__ import annotations
@@ -83,16 +84,16 @@ def logits(model: PreTrainedModel, ids: Tensor, skipped: Iterable[nn.Module] = (
     return found
 
 
-def last_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """What enters each of L layers, and what leaves the last one, at a text's last token: (L + 1, H)."""
+def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """What enters each of L layers, and what leaves the last one: ids (1, T) -> (L + 1, T, H)."""
     import torch
 
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
 
     def keep(_: nn.Module, given: tuple[Tensor, ...], made: Any) -> None:
-        entering.append(given[0][0, -1])
-        leaving.append((made[0] if isinstance(made, tuple) else made)[0, -1])
+        entering.append(given[0][0])
+        leaving.append((made[0] if isinstance(made, tuple) else made)[0])
 
     with torch.inference_mode(), hooked(decoder_layers(model), keep):
         model(input_ids=ids, use_cache=False)
@@ -102,7 +103,7 @@ def last_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
 def block_distances(states: Tensor, size: int) -> Tensor:
     """Angular distance between what enters and what leaves each block of `size` layers.
 
-    states (L + 1, H) -> (L + 1 - size,), in half turns.
+    states (L + 1, T, H) -> (L + 1 - size, T), in half turns.
     """
     import torch
 
@@ -121,7 +122,7 @@ def least_block(model: PreTrainedModel, texts: Sequence[Tensor], share: float) -
             f"expected a --share that drops at least 1 of {count} layers and leaves at least 1, found {share:g}; "
             f"try {1 / count:.2f}"
         )
-    distances = torch.stack([block_distances(last_states(model, ids), size) for ids in texts]).mean(0)
+    distances = torch.cat([block_distances(hidden_states(model, ids)[:, 1:], size) for ids in texts], dim=1).mean(1)
     if not distances.isfinite().all():
         raise ModelError("expected finite hidden states, found NaN or infinity; give an undamaged checkpoint")
     first = int(distances.argmin())
@@ -149,6 +150,10 @@ def prune(checkpoint: str, texts: Sequence[str], share: float, length: int, out:
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     cut: Any = {"truncation": True, "max_length": length, "return_tensors": "pt"}
     encoded = [tokenizer(text, **cut)["input_ids"].to(model.device) for text in texts]
+    if all(ids.shape[1] < 2 for ids in encoded):
+        raise DataError(
+            f"expected a text of two tokens or more, found none; give longer texts or --length above {length}"
+        )
     block = least_block(model, encoded, share)
     longest = max(encoded, key=lambda ids: ids.shape[1])
     expected = logits(model, longest, decoder_layers(model)[block.start : block.stop])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from orpo_distill.models import load_model, load_tokenizer
-from scripts.prune_layers import block_distances, last_states, main
+from scripts.prune_layers import block_distances, hidden_states, main
 from tests.checkpoints import save_tiny_checkpoint
 
 WINDOWS = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"]
@@ -60,9 +60,9 @@ def test_distances_are_angles_in_half_turns() -> None:
     """States at 0, 90, 120 and 300 degrees, of any length: one layer turns by 90, 30, 180; two by 120 and 150."""
     polar = torch.tensor([[1.0, 0], [9, 90], [2, 120], [1, 300]])
     angles = polar[:, 1] * torch.pi / 180
-    states = polar[:, :1] * torch.stack([angles.cos(), angles.sin()], dim=1)
-    assert block_distances(states, 1).tolist() == pytest.approx([90 / 180, 30 / 180, 180 / 180], abs=1e-3)
-    assert block_distances(states, 2).tolist() == pytest.approx([120 / 180, 150 / 180], abs=1e-3)
+    states = polar[:, None, :1] * torch.stack([angles.cos(), angles.sin()], dim=1)[:, None]
+    assert block_distances(states, 1)[:, 0].tolist() == pytest.approx([90 / 180, 30 / 180, 180 / 180], abs=1e-3)
+    assert block_distances(states, 2)[:, 0].tolist() == pytest.approx([120 / 180, 150 / 180], abs=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,9 +91,9 @@ def test_states_are_those_that_the_model_shows(tmp_path: Path, family: str) -> N
     model, ids = load_model(folder), load_tokenizer(folder)(TEXT, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         shown = model(ids, output_hidden_states=True).hidden_states
-    states = last_states(model, ids)
-    assert states.shape == (6, 16)
-    assert torch.equal(states[:5], torch.stack([state[0, -1] for state in shown[:5]]))
+    states = hidden_states(model, ids)
+    assert states.shape == (6, ids.shape[1], 16)
+    assert torch.equal(states[:5], torch.cat(shown[:5]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -147,6 +147,7 @@ def test_mistakes_are_one_message(tmp_path: Path, texts: Path, capsys: pytest.Ca
         ((whole, whole, texts), 1, "expected nothing at"),
         ((whole, tmp_path / "out", empty), 1, "expected rows with a field text or question"),
         ((whole, tmp_path / "out", tmp_path / "none.jsonl"), 1, "found no such file"),
+        ((whole, tmp_path / "out", texts, "--length", 1), 1, "expected a text of two tokens or more"),
         ((whole, tmp_path / "out", texts, "--length", 0), 2, "expected --limit and --length above 0"),
     ):
         assert run(*arguments) == code
