@@ -92,11 +92,12 @@ def save_tiny_checkpoint(
     seed: int = 0,
     chat_template: str | None = None,
     merges: tuple[tuple[str, str], ...] = (),
+    **options: Any,
 ) -> Path:
     """Save a random model of one of `ARCHITECTURES` (2 layers of 16) with its tokenizer in `folder`; returns it.
 
-    `vocab` holds the characters the model knows; none means every byte. `merges` are the tokenizer's. Weights are large
-    enough that the distributions are far from uniform.
+    `vocab` holds the characters the model knows; none means every byte. `merges` are the tokenizer's, `options` settings
+    of the model's config. Weights are large enough that the distributions are far from uniform.
     """
     tokenizer = tiny_tokenizer(vocab, chat_template, merges)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
@@ -109,7 +110,7 @@ def save_tiny_checkpoint(
         "initializer_range": 0.3,
         "tie_word_embeddings": False,
     }
-    config = AutoConfig.for_model(**{**sizes, **_SIZES[architecture]}, vocab_size=len(tokenizer), **special)
+    config = AutoConfig.for_model(**{**sizes, **_SIZES[architecture], **options}, vocab_size=len(tokenizer), **special)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)

@@ -1,6 +1,7 @@
 """Train a tokenizer and a model of about a million parameters from nothing, and save an ordinary checkpoint folder.
 
-The two models share nothing: neither architecture, tokenizer, vocabulary nor chat template.
+Teacher and student share nothing: neither architecture, tokenizer, vocabulary nor chat template. The sibling, another
+student, has the teacher's tokenizer and an architecture of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from transformers import (
     GenerationConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -140,19 +143,36 @@ def student_model(vocabulary: int, **ids: Any) -> PreTrainedModel:
     return GPTNeoXForCausalLM(config)
 
 
+def sibling_model(vocabulary: int, **ids: Any) -> PreTrainedModel:
+    """Llama: RMS norm, SwiGLU, a head of its own for every query, untied embeddings."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=352,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        **ids,
+    )
+    return LlamaForCausalLM(config)
+
+
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What tells the teacher from the student: tokenizer, model and number of steps."""
+    """What tells the models apart: tokenizer, whose lessons it is made of, model and number of steps."""
 
     name: str
     tokenizer: Callable[[list[str]], PreTrainedTokenizerFast]
+    words_of: str
     model: Callable[..., PreTrainedModel]
     steps: int
 
 
 ROLES = {
-    "teacher": Role("teacher", teacher_tokenizer, teacher_model, 600),
-    "student": Role("student", student_tokenizer, student_model, 2225),
+    "teacher": Role("teacher", teacher_tokenizer, "teacher", teacher_model, 600),
+    "student": Role("student", student_tokenizer, "student", student_model, 2225),
+    "sibling": Role("sibling", teacher_tokenizer, "teacher", sibling_model, 2225),
 }
 
 
@@ -240,12 +260,17 @@ def train(model: PreTrainedModel, data: Iterator[tuple[Tensor, Tensor]], steps: 
             )
 
 
-def build_checkpoint(role: Role, lessons: Iterator[tuple[str, str]], seed: int, out: Path) -> float:
-    """Train `role` from nothing, save it under `out` in float16 and return the seconds it took."""
+def build_checkpoint(
+    role: Role, words: Iterator[tuple[str, str]], lessons: Iterator[tuple[str, str]], seed: int, out: Path
+) -> float:
+    """Train `role` from nothing, save it under `out` in float16 and return the seconds it took.
+
+    The tokenizer is made of `words`, lessons too; they may be the same ones, which then go on behind it.
+    """
     started = time.monotonic()
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    sample = list(islice(lessons, 4000))
+    sample = list(islice(words, 4000))
     tokenizer = role.tokenizer([tokenizer_text(question) + trace for question, trace in sample])
     check_tokenizer(tokenizer, sample)
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}

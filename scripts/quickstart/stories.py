@@ -1,7 +1,7 @@
 """Word problems about counting things, and step-by-step solutions in several wordings, right or wrong.
 
 Every number that occurs lies between 1 and `LARGEST`, so that a model of a million parameters can learn the task.
-A *careful* solver writes the teacher's traces. A *hasty* one writes the student's: it knows how to solve each kind
+A *careful* solver writes the teacher's traces. A *hasty* one writes the students': it knows how to solve each kind
 of event, but usually takes some of them the wrong way (`HASTY_VERBS`, bags, doubling), and sometimes slips.
 """
 
@@ -267,7 +267,7 @@ def _sorted(story: Story, steps: list[Step], values: list[int], rng: Random) -> 
 def lessons(seed: int, role: str, held_out: set[str]) -> Iterator[tuple[str, str]]:
     """Endless (question, trace) to pre-train on, never a held-out question."""
     rng = Random(f"{seed}-{role}")
-    hasty = role == "student"
+    hasty = role != "teacher"
     events, weights = (1, 2, 3), (30, 30, 40) if hasty else (15, 35, 50)
     while True:
         story = draw_story(rng, rng.choices(events, weights)[0])

@@ -33,11 +33,17 @@ from orpo_distill.verifiers import Verifier
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 QUICKSTART = Path(__file__).parent / "quickstart"
-"""The embedded default: two checkpoints, problems and a config."""
+"""What is embedded: three checkpoints, problems and a config."""
+
+EMBEDDED = {"quickstart": "student", "quickstart-sibling": "sibling"}
+"""Configs that need no file, and the folder of their student."""
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 """How a setting begins, where it stands among file names."""
 
+ConfigName = Annotated[
+    str, typer.Argument(metavar="CONFIG", help=f"an experiment's YAML file, or {' or '.join(EMBEDDED)}")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings, for instance train.learning_rate=1e-5")]
 Redo = Annotated[list[str] | None, typer.Option(help="make this stage, and what depends on it, anew (repeatable)")]
 Keep = Annotated[list[str] | None, typer.Option(help="accept this stage although its settings changed (repeatable)")]
@@ -48,7 +54,7 @@ LedgerPath = Annotated[Path | None, typer.Option(help="the ledger of paid calls;
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="an experiment's YAML file")],
+    config: ConfigName,
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(help="do only this stage and what it needs")] = None,
     pilot: Annotated[int | None, typer.Option(min=1, help="only up to pairs, on this many problems")] = None,
@@ -57,7 +63,7 @@ def run(
     ledger: LedgerPath = None,
 ) -> None:
     """Distil: run every stage that is missing, to the report and the final student."""
-    settings = load_config(config, _with_ledger(overrides, ledger))
+    settings = _config(config, _with_ledger(overrides, ledger))
     if pilot is not None:
         from orpo_distill.pilot import pilot as run_pilot
 
@@ -73,7 +79,7 @@ def run(
 
 @app.command()
 def check(
-    config: Annotated[Path, typer.Argument(help="an experiment's YAML file")],
+    config: ConfigName,
     overrides: Overrides = None,
     show: Annotated[int, typer.Option(min=0, help="print this many rendered prompts and one training row")] = 0,
     ledger: LedgerPath = None,
@@ -81,7 +87,7 @@ def check(
     """Find every error of a config, then print the plan with its sizes and the bill to expect. Loads no model."""
     from orpo_distill.preview import plan_table, rendered
 
-    settings = load_config(config, _with_ledger(overrides, ledger))
+    settings = _config(config, _with_ledger(overrides, ledger))
     table, missing = plan_table(settings)
     _print_table(table)
     _print_bill(settings)
@@ -112,7 +118,7 @@ def show_ledger(
 @app.command()
 def compare(
     items: Annotated[
-        list[str], typer.Argument(metavar="CONFIG", help="experiments, or quickstart; settings as for run")
+        list[str], typer.Argument(metavar="CONFIG", help=f"experiments, {' or '.join(EMBEDDED)}; settings as for run")
     ],
     methods: Annotated[str, typer.Option(help="a list with commas")] = ",".join(DEFAULT_METHODS),
     seeds: Annotated[int, typer.Option(min=1, help="runs of each method, from the config's seed on")] = 3,
@@ -188,7 +194,7 @@ def verify(
 
 @app.command(name="import")
 def import_(
-    config: Annotated[Path, typer.Argument(help="an experiment's YAML file")],
+    config: ConfigName,
     items: Annotated[list[str], typer.Argument(metavar="FILE", help="files of texts; settings as for `run`")],
     policy: Annotated[str, typer.Option(help="who wrote the texts: teacher or student-0")] = "teacher",
     form: Annotated[Form | None, typer.Option(help="what the files hold; found out from their content")] = None,
@@ -199,7 +205,7 @@ def import_(
     files, overrides = _files_and_settings(items)
     if not files:
         raise ConfigError("expected files of texts behind the config, found none; name at least one")
-    settings = load_config(config, _with_ledger(overrides, ledger))
+    settings = _config(config, _with_ledger(overrides, ledger))
     print(import_texts(settings, [Path(file) for file in files], policy, form, redo or ()))
 
 
@@ -255,13 +261,14 @@ def main() -> None:
 
 
 def _config(name: str, overrides: Sequence[str]) -> Config:
-    """The config in a file, or the embedded one where there is no file `quickstart`."""
-    if name != "quickstart" or Path(name).is_file():
+    """The config in a file, or an embedded one where there is no file of that name."""
+    if name not in EMBEDDED or Path(name).is_file():
         return load_config(Path(name), overrides)
     embedded = [
+        f"name={name}",
         f"task.path={QUICKSTART / 'problems'}",
         f"teacher.model={QUICKSTART / 'teacher'}",
-        f"student.model={QUICKSTART / 'student'}",
+        f"student.model={QUICKSTART / EMBEDDED[name]}",
     ]
     return load_config(QUICKSTART / "quickstart.yaml", [*embedded, *overrides])
 
