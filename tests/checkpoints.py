@@ -96,8 +96,8 @@ def save_tiny_checkpoint(
 ) -> Path:
     """Save a random model of one of `ARCHITECTURES` (2 layers of 16) with its tokenizer in `folder`; returns it.
 
-    `vocab` holds the characters the model knows; none means every byte. `merges` are the tokenizer's, `options` settings
-    of the model's config. Weights are large enough that the distributions are far from uniform.
+    `vocab` holds the characters the model knows; none means every byte. `merges` are the tokenizer's, `options` those
+    of the config. Weights are large enough that the distributions are far from uniform.
     """
     tokenizer = tiny_tokenizer(vocab, chat_template, merges)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
