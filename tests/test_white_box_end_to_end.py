@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from orpo_distill.compare.cells import Asked, design_of
+from orpo_distill.compare.cells import Wanted, design_of
 from orpo_distill.compare.running import compare
 from orpo_distill.errors import ConfigError
 from orpo_distill.experiment import run
@@ -49,7 +49,7 @@ def test_another_vocabulary_is_refused_before_anything_is_made(tmp_path: Path) -
     assert not (tmp_path / "runs/demo/problems").exists()
     with pytest.raises(ConfigError, match=message):
         plan_table(config)
-    asked = Asked("orpo-off,gkd", seeds=1, learning_rates="1e-3", name="both")
+    asked = Wanted("orpo-off,gkd", seeds=1, learning_rates="1e-3", name="both")
     with pytest.raises(ConfigError, match=message):
         compare(design_of([config], asked))
     assert not (tmp_path / "runs/both/shared").exists()
