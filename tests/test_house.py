@@ -33,7 +33,7 @@ ROWS = [
     {"attention", "head"},
     {"packing", "loading"},
     {"config"},
-    {"mixing", "groups", "diversity", "forms"},
+    {"mixing", "groups", "diversity", "forms", "priming"},
     {"tasks", "samplers", "objectives"},
     {"verifiers", "models", "ledger"},
     {"component", "records", "progress", "interrupt", "ledger_file"},

@@ -47,7 +47,7 @@ def _teacher(config: Config, number: int) -> Stage:
     options = ScoreOptions(
         model=scorer,
         policy="teacher",
-        prefix=config.teacher.prefix,
+        prefix=config.teacher.instruction,
         student=config.student.model,
         student_trust_remote_code=config.train.trust_remote_code,
         dtype=own.dtype if own else "auto",

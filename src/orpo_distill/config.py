@@ -23,6 +23,7 @@ from pydantic import (
 from orpo_distill.component import SPEED_ONLY, Options, type_name
 from orpo_distill.mixing import PHI_FORMS, AdaptivePhi, PhiSetting, PhiUnit
 from orpo_distill.objectives import INPUTS, Objective
+from orpo_distill.priming import PRIMINGS, Priming
 from orpo_distill.samplers import Decoding, Sampler
 from orpo_distill.samplers.hf import HF
 from orpo_distill.samplers.vllm import VLLM
@@ -48,11 +49,17 @@ class TeacherSection(Options):
     sampler: SerializeAsAny[Sampler] = Field(default="hf", validate_default=True)
     decoding: Decoding = Decoding()
     samples: PositiveInt = 8  # K; raising it later only adds traces
-    prefix: str = ""  # an instruction that only the teacher sees
+    priming: Priming = "none"  # an instruction that only the teacher sees, by name
+    prefix: str = ""  # the same in words of one's own; behind the priming if there are both
     stop_at: PositiveInt | None = None  # correct, diverse traces after which a problem is left: waves of `samples`
     max_samples: PositiveInt | None = None  # most traces of a hard problem, with `stop_at`
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()  # of the waves; the last one goes on
     scorer: str | None = None  # a checkpoint that scores given texts as the teacher; default: `model`, where it is one
+
+    @property
+    def instruction(self) -> str:
+        """What stands before the question for the teacher alone; empty if nothing does."""
+        return "\n\n".join(part for part in (PRIMINGS[self.priming], self.prefix) if part)
 
     @property
     def scored_by(self) -> str | None:

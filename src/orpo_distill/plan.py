@@ -77,7 +77,7 @@ def _sampled(config: Config, policy: str) -> list[Stage]:
         decoding=role.decoding,
         samples=role.samples,
         policy=policy,
-        prefix=config.teacher.prefix if policy == "teacher" else "",
+        prefix=config.teacher.instruction if policy == "teacher" else "",
         seed=config.seed if config.traces_seed is None else config.traces_seed,
         stopping=_stop_rule(config) if policy == "teacher" else None,
     )
@@ -285,7 +285,7 @@ def _evaluate(config: Config, name: str, policy: str, model: str | None = None) 
         decoding=config.evaluate.decoding,
         model=model,
         policy=policy,
-        prefix=config.teacher.prefix if is_teacher else "",
+        prefix=config.teacher.instruction if is_teacher else "",
         limits=limits,
         seed=config.problems.seed,
         verify=config.verify,

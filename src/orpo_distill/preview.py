@@ -68,7 +68,7 @@ def rendered(config: Config, count: int) -> str:
     parts = []
     for problem in problems:
         messages = config.task.messages(problem)
-        asked = with_prefix(messages, config.teacher.prefix)
+        asked = with_prefix(messages, config.teacher.instruction)
         text = render(teacher, asked) if teacher else "\n".join(f"[{m.role}] {m.content}" for m in asked)
         parts += [f"--- teacher, {problem.id}", text, f"--- student, {problem.id}", render(student, messages)]
     return "\n".join([*parts, *_training_row(config, problems[0], student)])
