@@ -8,8 +8,23 @@ from orpo_distill.samplers.hf import HF
 from orpo_distill.samplers.vllm import VLLM
 from orpo_distill.stages.extrapolate import ChooseOptions, ExtrapolateOptions
 from orpo_distill.stages.score import ScoreOptions
+from orpo_distill.stages.scorer import ScorerOptions, ScoreServer
 
 CHOSEN = "extrapolate/chosen"
+SCORER = "teacher-scorer"
+# Options of a sampler that only writing reads, not scoring.
+WRITING = tuple(f"server.sampler.{name}" for name in ("api", "tokenizer", "thinking", "length_field"))
+
+
+def scorer_stages(config: Config) -> list[Stage]:
+    """What finds out whether the teacher's server can score, where the objective requires that it does."""
+    server = _server(config)
+    if server is None or "teacher_scores" not in config.objective.requires:
+        return []
+    tokenizer, trusted = config.teacher.scored_by or "", config.train.trust_remote_code
+    options = ScorerOptions(server=server, tokenizer=tokenizer, trust_remote_code=trusted)
+    work = "orpo_distill.stages.scorer:scorer"
+    return [Stage(SCORER, work, options, outputs=("scorer.json",), ignores=WRITING)]
 
 
 def score_stages(config: Config, number: int) -> list[Stage]:
@@ -42,10 +57,11 @@ def _reference(config: Config, number: int) -> Stage:
 
 def _teacher(config: Config, number: int) -> Stage:
     """By the teacher, behind the prompt that it was asked with."""
-    sampler, scorer = config.teacher.sampler, config.teacher.scored_by
+    sampler, server = config.teacher.sampler, _server(config)
     own = sampler if isinstance(sampler, HF | VLLM) else None
     options = ScoreOptions(
-        model=scorer,
+        model=config.teacher.scored_by,
+        server=server,
         policy="teacher",
         prefix=config.teacher.instruction,
         student=config.student.model,
@@ -54,7 +70,16 @@ def _teacher(config: Config, number: int) -> Stage:
         trust_remote_code=own.trust_remote_code if own else config.train.trust_remote_code,
         tokens_per_batch=config.train.tokens_per_batch,
     )
-    return _score(f"round-{number}/teacher-scores", options, {}, number - 1)
+    return _score(f"round-{number}/teacher-scores", options, {"scorer": SCORER} if server else {}, number - 1)
+
+
+def _server(config: Config) -> ScoreServer | None:
+    """The teacher's server, if that scores."""
+    teacher = config.teacher
+    if teacher.scoring == "local":
+        return None
+    sampler = teacher.sampler.for_run(config.name, config.ledger)
+    return ScoreServer(sampler=sampler, model=teacher.model, way=teacher.scoring)
 
 
 def _score(name: str, options: ScoreOptions, inputs: dict[str, str], before: int | None) -> Stage:
@@ -70,6 +95,7 @@ def _score(name: str, options: ScoreOptions, inputs: dict[str, str], before: int
         inputs,
         outputs=("scores.jsonl",),
         grows=frozenset({"inputs.pairs", "inputs.previous"}),
+        ignores=WRITING,
     )
 
 

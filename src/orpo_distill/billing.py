@@ -30,6 +30,7 @@ from orpo_distill.stages.evaluate import EvaluateOptions
 from orpo_distill.stages.problems import ProblemsOptions
 from orpo_distill.stages.problems import problems as make_problems
 from orpo_distill.stages.sample import SampleOptions, waves
+from orpo_distill.stages.score import ScoreOptions
 from orpo_distill.tasks import take
 
 Table = list[tuple[str, ...]]
@@ -141,6 +142,9 @@ def forecast(config: Config) -> Table:
         options = stage.options
         if isinstance(options, SampleOptions | EvaluateOptions) and isinstance(options.sampler, OpenAI):
             lines += _of_stage(config, stage, options, options.sampler, ahead)
+        if isinstance(options, ScoreOptions) and options.server is not None:
+            texts = 2 * config.pairs.per_problem * len(_problems(config, options))
+            lines.append((f"{stage.name}: calls", "as many as texts in new pairs", str(texts) if texts else "not known"))
     return [("bill", "expected", "at most"), *lines] if lines else []
 
 
@@ -230,7 +234,7 @@ def _need(
     return need
 
 
-def _problems(config: Config, options: SampleOptions | EvaluateOptions) -> Sequence[Problem]:
+def _problems(config: Config, options: SampleOptions | EvaluateOptions | ScoreOptions) -> Sequence[Problem]:
     """What a stage will ask: of a local data set, or of the run's `problems` stage; empty where neither is there."""
     name = "test.jsonl" if isinstance(options, EvaluateOptions) else "problems.jsonl"
     limit = config.evaluate.limit if isinstance(options, EvaluateOptions) else None

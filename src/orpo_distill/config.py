@@ -26,6 +26,7 @@ from orpo_distill.objectives import INPUTS, Objective
 from orpo_distill.priming import PRIMINGS, Priming
 from orpo_distill.samplers import Decoding, Sampler
 from orpo_distill.samplers.hf import HF
+from orpo_distill.samplers.openai import OpenAI
 from orpo_distill.samplers.vllm import VLLM
 from orpo_distill.tasks import Task
 
@@ -55,6 +56,7 @@ class TeacherSection(Options):
     max_samples: PositiveInt | None = None  # most traces of a hard problem, with `stop_at`
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()  # of the waves; the last one goes on
     scorer: str | None = None  # a checkpoint that scores given texts as the teacher; default: `model`, where it is one
+    scoring: Literal["local", "prompt_logprobs", "echo"] = "local"  # by that checkpoint, or by the sampler's server
 
     @property
     def instruction(self) -> str:
@@ -63,8 +65,29 @@ class TeacherSection(Options):
 
     @property
     def scored_by(self) -> str | None:
-        """The checkpoint that can say how likely the teacher finds a given text; None where there is none."""
+        """The checkpoint whose weights, or whose tokens at a server, say how likely the teacher finds a given text.
+
+        None where there is none.
+        """
+        if self.scoring != "local" and isinstance(self.sampler, OpenAI):
+            return self.scorer or self.sampler.tokenizer or None
         return self.scorer or (self.model if isinstance(self.sampler, HF | VLLM) else None)
+
+    @model_validator(mode="after")
+    def _scores(self) -> Self:
+        if self.scoring == "local":
+            return self
+        if not isinstance(self.sampler, OpenAI):
+            raise ValueError(
+                f"expected the sampler openai beside scoring: {self.scoring}, found {type_name(type(self.sampler))}, "
+                "which asks no server"
+            )
+        if self.scored_by is None:
+            raise ValueError(
+                f"expected the tokenizer of what the server runs beside scoring: {self.scoring}, found none; name its "
+                "folder or hub id in scorer (its weights are not read)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stops(self) -> Self:
@@ -280,7 +303,7 @@ class Config(Options):
             raise ValueError(
                 f"expected a teacher that can score given texts for {type_name(type(self.objective))}, found "
                 f"{type_name(type(self.teacher.sampler))}, which only writes texts; name the teacher's checkpoint in "
-                "teacher.scorer, or take an objective that needs no more than texts, such as orpo or dpo"
+                "teacher.scorer, let its server score (teacher.scoring), or take an objective that needs no more than texts, such as orpo or dpo"
             )
         if self.extrapolate and self.problems.validation is None:
             raise ValueError("expected problems.validation beside extrapolate, which chooses alpha on it, found null")

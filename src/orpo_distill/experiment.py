@@ -113,6 +113,7 @@ SAID = {
     "verify": ("correct", "wrong", "ambiguous", "unparseable", "truncated", "failed"),
     "phi": ("phi", "latest", "initial"),
     "pair": ("phi", "pairs", "paired_problems", "fell_back"),
+    "scorer": ("scoring",),
     "score": ("policy", "scored", "tokens"),
     "extrapolate": ("alpha",),
     "choose": ("alpha",),

@@ -6,7 +6,7 @@ from the latest student what the coin of phi sends there, verify, pair, train on
 
 from __future__ import annotations
 
-from orpo_distill.additions import CHOSEN, chosen, extrapolated, folder_of, policy_of, score_stages
+from orpo_distill.additions import CHOSEN, chosen, extrapolated, folder_of, policy_of, score_stages, scorer_stages
 from orpo_distill.component import type_name
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
@@ -34,7 +34,7 @@ ASKING = ("task.prompt", "task.system", "task.examples")
 def plan(config: Config) -> list[Stage]:
     """Every stage of a run, in an order in which each one's inputs come before it."""
     uses_student = any(_reads_student(config, one) for one in _objectives(config))
-    stages = [_problems(config), *_sampled(config, "teacher")]
+    stages = [_problems(config), *scorer_stages(config), *_sampled(config, "teacher")]
     if uses_student:
         stages += _sampled(config, "student-0")
     stages += [_pair(config, 1), _evaluate(config, "baseline", "student-0", model=config.student.model)]

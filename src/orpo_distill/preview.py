@@ -134,6 +134,8 @@ def _size(stage: Stage, config: Config, counts: Counts) -> str:
     kind = stage.work.partition(":")[2]
     if kind == "score":
         return f"at most {_times(train, config.pairs.per_problem * 2)} texts, those of earlier rounds left out"
+    if kind == "scorer":
+        return "one text, to find out whether the server scores"
     if kind == "problems":
         dropped = f", {counts.dropped}" if counts.dropped else ""
         return f"{_times(train, 1)} to train on, {_times(test, 1)} to test on{dropped}"

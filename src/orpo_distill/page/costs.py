@@ -36,17 +36,30 @@ def costs(files: RunFiles, measured: Sequence[Measured]) -> list[Cost]:
         trained = files.metrics(stage).get("tokens") if stage.endswith("/train") else None
         if each is None and seconds is None and trained is None:
             continue
-        prompt = each.prompt_tokens if each else None
-        sampled = sum(each.lengths.tokens) if each else None
-        money = _money(files.config, each) if each else None
+        money: float | None
+        if each:
+            prompt, sampled = each.prompt_tokens, sum(each.lengths.tokens)
+            money = _money(files.config, each.source.policy, prompt, sampled)
+        else:
+            prompt, sampled, money = _of_scores(files, stage)
         found.append(Cost(stage, seconds, prompt, sampled, trained, money))
     return found
+
+
+def _of_scores(files: RunFiles, stage: str) -> tuple[int | None, int | None, float | None]:
+    """Prompt tokens, sampled tokens and money of a stage whose texts a server scored, drawing a token for each."""
+    found = files.metrics(stage)
+    prompt = found.get("prompt_tokens")
+    if prompt is None:
+        return None, None, None
+    return prompt, found["scored"], _money(files.config, "teacher", prompt, found["scored"], batched=False)
 
 
 def _order(stage: str) -> tuple[int, int, int]:
     """Where a stage stands in a run."""
     head, _, tail = stage.partition("/")
-    first = ["problems", "teacher", "teacher-verdicts", "student-0", "student-0-verdicts", "baseline"]
+    sampled = ["teacher", "teacher-verdicts", "student-0", "student-0-verdicts"]
+    first = ["problems", "teacher-scorer", *sampled, "baseline"]
     if head.startswith("round-") and head[6:].isdecimal():
         steps = ["student", "student-verdicts", "pairs", "train", "evaluate"]
         return 1, int(head[6:]), steps.index(tail) if tail in steps else len(steps)
@@ -56,17 +69,16 @@ def _order(stage: str) -> tuple[int, int, int]:
     return 2, last.index(head) if head in last else len(last), 0 if tail == "train" else 1
 
 
-def _money(config: Row, measured: Measured) -> float | None:
+def _money(config: Row, policy: str, prompt: int, completion: int, batched: bool = True) -> float | None:
     """Tokens times the prices of the config; None without prices."""
-    role = config.get("teacher" if measured.source.policy == "teacher" else "student")
+    role = config.get("teacher" if policy == "teacher" else "student")
     sampler: Any = role.get("sampler") if isinstance(role, dict) else None
     price = sampler.get("price") if isinstance(sampler, dict) else None
     if not isinstance(price, dict) or not (price.get("prompt") or price.get("completion")):
         return None
-    prompt = measured.prompt_tokens * (price.get("prompt") or 0)
-    completion = sum(measured.lengths.tokens) * (price.get("completion") or 0)
-    share = price.get("batch", 1) if sampler.get("batch") else 1
-    return float((prompt + completion) * share / MILLION)
+    money = prompt * (price.get("prompt") or 0) + completion * (price.get("completion") or 0)
+    share = price.get("batch", 1) if batched and sampler.get("batch") else 1
+    return float(money * share / MILLION)
 
 
 def total(found: Sequence[Cost]) -> Cost:
