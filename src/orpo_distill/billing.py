@@ -144,7 +144,7 @@ def forecast(config: Config) -> Table:
             lines += _of_stage(config, stage, options, options.sampler, ahead)
         if isinstance(options, ScoreOptions) and options.server is not None:
             texts = 2 * config.pairs.per_problem * len(_problems(config, options))
-            lines.append((f"{stage.name}: calls", "as many as texts in new pairs", str(texts) if texts else "not known"))
+            lines.append((f"{stage.name}: calls", "one for each new text of the pairs", str(texts or "not known yet")))
     return [("bill", "expected", "at most"), *lines] if lines else []
 
 

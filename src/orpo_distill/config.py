@@ -303,7 +303,8 @@ class Config(Options):
             raise ValueError(
                 f"expected a teacher that can score given texts for {type_name(type(self.objective))}, found "
                 f"{type_name(type(self.teacher.sampler))}, which only writes texts; name the teacher's checkpoint in "
-                "teacher.scorer, let its server score (teacher.scoring), or take an objective that needs no more than texts, such as orpo or dpo"
+                "teacher.scorer, let its server score (teacher.scoring), or take an objective that needs no more than "
+                "texts, such as orpo or dpo"
             )
         if self.extrapolate and self.problems.validation is None:
             raise ValueError("expected problems.validation beside extrapolate, which chooses alpha on it, found null")

@@ -26,4 +26,4 @@ PRIMINGS: Mapping[Priming, str] = {
         "sure that it is right."
     ),
 }
-"""What each name stands for: the paper's prompts *teacher*, *ground truth* (no gold answer is given) and *confidence*."""
+"""What each name stands for; in the paper *teacher*, *ground truth* (no gold answer is given) and *confidence*."""

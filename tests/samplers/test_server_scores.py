@@ -96,7 +96,8 @@ def test_each_is_an_attempt_that_is_settled_and_never_bought_again(tmp_path: Pat
     assert scored(address, tmp_path, "echo") == first  # no server is needed
     assert query(tmp_path, "SELECT state, count(*) FROM attempts GROUP BY state") == [("settled", len(ROWS))]
     tokens = sum(map(len, ROWS))
-    ((prompt, completion, most),) = query(tmp_path, "SELECT sum(prompt), sum(completion), sum(most_tokens) FROM attempts")
+    sums = "sum(prompt), sum(completion), sum(most_tokens)"
+    ((prompt, completion, most),) = query(tmp_path, f"SELECT {sums} FROM attempts")
     assert (prompt, completion, most) == (tokens, len(ROWS), tokens + len(ROWS))
     ((account, money, spent, calls),) = query(tmp_path, "SELECT * FROM accounts")
     assert (account, spent, calls) == ("run", most, len(ROWS))
@@ -141,7 +142,7 @@ def test_through_failures_every_score_is_right_and_stands_once(tmp_path: Path) -
     ("options", "found", "state"),
     [
         ({}, r"HTTP 200 with an error: log-probabilities of 0 of the 3 tokens behind the first", "settled"),
-        ({"refuse": ("echo",)}, r"every request was refused, the last with HTTP 400: Unsupported parameter: 'echo'", "void"),
+        ({"refuse": ("echo",)}, r"every request was refused, the last with HTTP 400: Unsupported .* 'echo'", "void"),
     ],
 )
 def test_a_server_that_cannot_is_told_apart_by_one_request(
@@ -149,7 +150,7 @@ def test_a_server_that_cannot_is_told_apart_by_one_request(
 ) -> None:
     """One that passes over what it does not know, and one that says so."""
     with faulty_server(**options) as server:
-        words = rf"expected {server.base_url} to score given texts \(teacher\.scoring: echo\), found: {found}.*; take the"
+        words = rf"expected {server.base_url} to score given texts \(teacher\.scoring: echo\), found: {found}.*; take"
         with pytest.raises(ModelError, match=words):
             scored(server.base_url, tmp_path, "echo", ROWS[2:3])
         assert server.stats()["requests"] == 1

@@ -135,7 +135,7 @@ def test_another_models_tokens_are_found_out(server: FaultyServer, tmp_path: Pat
     letters = "".join(sorted(set("The quick brown fox jumps over the lazy dog.Say it")))
     other = save_tiny_checkpoint(tmp_path / "other", vocab=letters)
     where = ScoreServer(sampler=api(server, tmp_path), model="faulty", way="echo")
-    words = r"expected .*other to have the tokens of faulty, found that the server reads 'The quick .*' as '.*'; name the"
+    words = r"expected .*other to have the tokens of faulty, found that the server reads 'The quick .*' as '.*'; name"
     with pytest.raises(ModelError, match=words):
         scorer(ScorerOptions(server=where, tokenizer=str(other)), {}, tmp_path)
 

@@ -5,7 +5,7 @@ the end of sequence is a token like any other. A server tells their log-probabil
 more token, which is not used:
 
     prompt_logprobs    "prompt_logprobs": 0             vLLM
-    echo               "echo": true, "logprobs": 1      OpenAI's older models, vLLM, SGLang
+    echo               "echo": true, "logprobs": 1      vLLM, SGLang, OpenAI's legacy completions
 """
 
 from __future__ import annotations
@@ -112,11 +112,12 @@ def _unusable(options: OpenAI, way: Way, found: str) -> ModelError:
 
 
 def _prompted(choice: Mapping[str, Any], row: Sequence[int]) -> Told:
-    """From `prompt_logprobs`: for each place {"token id": {"logprob": ..., "decoded_token": ...}}, null for the first."""
+    """From `prompt_logprobs`: null, then for each place {"token id": {"logprob": ..., "decoded_token": ...}}."""
     places = choice.get("prompt_logprobs")
     if not isinstance(places, list) or len(places) != len(row):
         return []
-    found = [place.get(str(token)) if isinstance(place, dict) else None for place, token in zip(places, row, strict=True)]
+    there = (place if isinstance(place, dict) else {} for place in places)
+    found = (place.get(str(token)) for place, token in zip(there, row, strict=True))
     return [(one.get("decoded_token"), one.get("logprob")) if isinstance(one, dict) else ("", None) for one in found]
 
 

@@ -1,9 +1,9 @@
 """Score: how likely a model finds the traces that the pairs use: the reference, or the teacher.
 
 `scores.jsonl` has a line for each trace: those of the round before first, then those that this round's pairs use for
-the first time. A trace is scored once, here or by a server, as it stands in the pairs: its text without surrounding space, its end of
-sequence included unless it was cut. What is scored is appended to `scores.partial.jsonl`, which stays: a run that is
-resumed, or whose pairs change, scores only what is missing.
+the first time. A trace is scored once, by a model here or by a server, as it stands in the pairs: its text without
+surrounding space, its end of sequence included unless it was cut. What is scored is appended to `scores.partial.jsonl`,
+which stays: a run that is resumed, or whose pairs change, scores only what is missing.
 """
 
 from __future__ import annotations
