@@ -221,7 +221,7 @@ def arithmetic() -> list[Pair]:
     for number in range(6):
         prompt = (Message("user", f"Ada has {number + 3} apples and eats one. How many are left?"),)
         right = f"She had {number + 3}, and {number + 3} - 1 = {number + 2}. The answer is {number + 2}."
-        wrong = "\u00c9mile says: \u201cone more\u201d \U0001f34e, so it\u2019s " + f"{number + 4}.\n\nThe answer is {number + 4}"
+        wrong = f"\u00c9mile says: \u201cone more\u201d \U0001f34e: {number + 4}.\n\nThe answer is {number + 4}"
         cut = number % 2 == 1
         ids = (f"c{number}", f"r{number}")
         pairs.append(Pair(f"p{number}", prompt, right, wrong + "." * (not cut), *ids, "teacher", "student-0", cut))
@@ -249,9 +249,9 @@ def test_vllms_server_scores_texts_as_the_score_stage_does(tmp_path: Path) -> No
             server = ScoreServer(sampler=api, model="tiny", way=way)
             assert scorer(ScorerOptions(server=server, tokenizer=str(model)), {}, tmp_path) == {"scoring": way}
             found = scored(tmp_path / way, server)
-            assert {name: one.tokens for name, one in found.items()} == {name: one.tokens for name, one in local.items()}
-            assert {one.entropy for one in found.values()} == {None}
+            assert found.keys() == local.keys()
             for name, one in found.items():
+                assert (one.tokens, one.entropy) == (local[name].tokens, None)
                 assert one.logp_sum == pytest.approx(local[name].logp_sum, abs=2e-3), name
     with Ledger(api.ledger_path) as ledger:
         attempts = ledger.connection.execute("SELECT state, count(*) FROM attempts GROUP BY state").fetchall()
