@@ -42,9 +42,7 @@ def test_every_name_has_words_of_its_own() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_read_by_the_teacher_alone(name: Priming) -> None:
     """Sampled, scored and evaluated, the teacher has it before its question; no stage of the student's has."""
-    found = config(
-        teacher={"model": "big", "priming": name}, objective="dadpo", rounds=2, evaluate={"teacher": True}
-    )
+    found = config(teacher={"model": "big", "priming": name}, objective="dadpo", rounds=2, evaluate={"teacher": True})
     behind = prefixes(found)
     read = {stage for stage, prefix in behind.items() if prefix}
     assert {behind[stage] for stage in read} <= {PRIMINGS[name]}

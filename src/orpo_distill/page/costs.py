@@ -11,6 +11,7 @@ from orpo_distill.page.files import Row, RunFiles
 from orpo_distill.page.measures import Measured
 
 MILLION = 1_000_000
+Spent = tuple[int | None, int | None, float | None]  # prompt tokens, sampled tokens, money
 
 
 @dataclass(frozen=True)
@@ -36,23 +37,23 @@ def costs(files: RunFiles, measured: Sequence[Measured]) -> list[Cost]:
         trained = files.metrics(stage).get("tokens") if stage.endswith("/train") else None
         if each is None and seconds is None and trained is None:
             continue
-        money: float | None
-        if each:
-            prompt, sampled = each.prompt_tokens, sum(each.lengths.tokens)
-            money = _money(files.config, each.source.policy, prompt, sampled)
-        else:
-            prompt, sampled, money = _of_scores(files, stage)
+        prompt, sampled, money = _of_samples(files, each) if each else _of_scores(files, stage)
         found.append(Cost(stage, seconds, prompt, sampled, trained, money))
     return found
 
 
-def _of_scores(files: RunFiles, stage: str) -> tuple[int | None, int | None, float | None]:
-    """Prompt tokens, sampled tokens and money of a stage whose texts a server scored, drawing a token for each."""
+def _of_samples(files: RunFiles, measured: Measured) -> Spent:
+    prompt, sampled = measured.prompt_tokens, sum(measured.lengths.tokens)
+    return prompt, sampled, _money(files.config, measured.source.policy, prompt, sampled)
+
+
+def _of_scores(files: RunFiles, stage: str) -> Spent:
+    """Of a stage whose texts a server scored, drawing a token for each."""
     found = files.metrics(stage)
-    prompt = found.get("prompt_tokens")
-    if prompt is None:
+    prompt, scored = found.get("prompt_tokens"), found.get("scored")
+    if prompt is None or scored is None:
         return None, None, None
-    return prompt, found["scored"], _money(files.config, "teacher", prompt, found["scored"], batched=False)
+    return prompt, scored, _money(files.config, "teacher", prompt, scored, batched=False)
 
 
 def _order(stage: str) -> tuple[int, int, int]:

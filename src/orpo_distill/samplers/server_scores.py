@@ -32,6 +32,7 @@ FIELDS: Mapping[Way, Mapping[str, Any]] = {
     "echo": {"echo": True, "logprobs": 1},
 }
 ONE_TOKEN = Decoding(temperature=1.0, max_new_tokens=1)  # 1.0: some servers tell log-probabilities after tempering
+NEVER = -9999.0  # what vLLM writes for minus infinity
 NOT_IMPLEMENTED = 501  # the status that a reply without log-probabilities stands for
 OTHERWISE = (
     "take the other way, score with a checkpoint (teacher.scoring: local) or choose an objective that needs texts alone"
@@ -45,9 +46,7 @@ class Scored(NamedTuple):
     logps: list[float]  # in nats, of each token but the first
 
 
-def server_scores(
-    sampler: OpenAI, model: str, way: Way, rows: Sequence[Sequence[int]]
-) -> Iterator[tuple[int, Scored]]:
+def server_scores(sampler: OpenAI, model: str, way: Way, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, Scored]]:
     """The number of each row of token ids, with what the server says of it, as replies come.
 
     Requests are single ones, also where the sampler buys in batches. Raises ModelError where the server cannot, or once
@@ -80,7 +79,7 @@ class ScoreAsking(Asking):
         for request in requests:
             row = self._rows[int(request.problem_id)]
             body = {"model": self._model, "prompt": list(row), "temperature": 1.0, "max_tokens": 1}
-            body |= {**FIELDS[self._way], **self._options.extra_body}
+            body = {**self._options.extra_body, **body, **FIELDS[self._way]}
             yield Ask(self._asked(body), body, len(row), len(row), {request.sample_index: request})
 
     def reply(self, content: bytes, ask: Ask, samples: int) -> Reply:

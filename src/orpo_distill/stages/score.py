@@ -122,9 +122,10 @@ def _score_missing(
     for number, (logp_sum, tokens, entropy) in _scores(options, model, rows, done):
         key = keys[number]
         if not (math.isfinite(logp_sum) and math.isfinite(entropy or 0.0)):
+            other = "see to its server" if options.server else f"load it in another number type than {options.dtype}"
             raise ModelError(
                 f"expected a finite log-probability of every trace under {model}, found {logp_sum} for trace {key[0]}; "
-                f"load it in another number type than {options.dtype}, or look for broken weights"
+                f"{other}, or look for broken weights"
             )
         if number not in done:
             standing[key] = Score(*key, logp_sum, tokens, entropy)

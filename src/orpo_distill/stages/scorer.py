@@ -20,7 +20,7 @@ from orpo_distill.progress import progress
 from orpo_distill.records import Message, write_text
 from orpo_distill.samplers import Sampler
 from orpo_distill.samplers.openai import OpenAI
-from orpo_distill.samplers.server_scores import Way, server_scores
+from orpo_distill.samplers.server_scores import NEVER, Way, server_scores
 
 TRIED = Response((Message("user", "Say it."),), "The quick brown fox jumps over the lazy dog.", cut=False)
 
@@ -50,7 +50,7 @@ def scorer(options: ScorerOptions, inputs: Mapping[str, Path], out: Path) -> dic
     tokenizer = load_tokenizer(options.tokenizer, options.trust_remote_code)
     (row,) = rows_of([TRIED], tokenizer)
     ((_, scored),) = server_scores(_api(server), server.model, server.way, [(*row.prompt, *row.chosen)])
-    said = tokenizer.decode(row.chosen, skip_special_tokens=True)
+    said = str(tokenizer.decode(list(row.chosen), skip_special_tokens=True))
     if _letters(said) not in _letters(scored.text):
         raise ModelError(
             f"expected {options.tokenizer} to have the tokens of {server.model}, found that the server reads {said!r} "
@@ -73,7 +73,9 @@ def by_server(
         for place, scored in server_scores(_api(server), server.model, server.way, texts):
             interrupt.check()
             row = missing[place]
-            yield row.number, (math.fsum(scored.logps[-len(row.chosen) :]), len(row.chosen), None)
+            logps = scored.logps[-len(row.chosen) :]
+            logp_sum = math.fsum(logps) if min(logps) > NEVER else -math.inf
+            yield row.number, (logp_sum, len(row.chosen), None)
             advance(1)
 
 
