@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from orpo_distill.billing import forecast
 from orpo_distill.errors import ConfigError, ModelError
 from orpo_distill.experiment import run
 from orpo_distill.given import with_given
@@ -18,8 +19,11 @@ from orpo_distill.groups import Row
 from orpo_distill.loading import load_config
 from orpo_distill.models import load_tokenizer
 from orpo_distill.objectives import ScoredGroups
+from orpo_distill.page.costs import costs
+from orpo_distill.page.files import RunFiles
 from orpo_distill.plan import plan
 from orpo_distill.records import Message, Pair, Score, read_jsonl
+from orpo_distill.runs import read_manifest
 from orpo_distill.samplers.openai import OpenAI
 from orpo_distill.samplers.prompts import encode_prompt, end_of_response
 from orpo_distill.samplers.server_scores import Way
@@ -154,7 +158,8 @@ def test_an_entropy_that_no_server_tells_is_no_number() -> None:
 
 def dadpo(folder: Path, server: FaultyServer, teacher: Path, **changes: Any) -> Path:
     """An experiment whose teacher, texts and scores, is the server."""
-    sampler = {"type": "openai", "base_url": server.base_url, "ledger": str(folder / "ledger.sqlite")}
+    price = {"prompt": 1, "completion": 10}
+    sampler = {"type": "openai", "base_url": server.base_url, "ledger": str(folder / "ledger.sqlite"), "price": price}
     described = {"model": "faulty", "samples": 2, "sampler": sampler, "scorer": str(teacher), "scoring": "echo"}
     path = experiment(
         folder, teacher=described | changes, objective="dadpo", mechanisms={"enabled": False}, evaluate={}
@@ -175,8 +180,12 @@ def test_a_run_is_scored_by_its_server_alone(server: FaultyServer, teacher: Path
         assert {one.entropy for one in scores} == {None}
         log = [json.loads(line) for line in (folder / f"round-{number}/train/log.jsonl").read_text().splitlines()]
         assert all(math.isfinite(line["loss"]) for line in log)
+    (cost,) = [one for one in costs(RunFiles(folder), []) if one.stage == "round-1/teacher-scores"]
+    metrics = read_manifest(folder / cost.stage).metrics
+    assert (cost.prompt, cost.sampled) == (metrics["prompt_tokens"], metrics["scored"])
+    assert cost.money == pytest.approx((metrics["prompt_tokens"] + 10 * metrics["scored"]) / 1e6)
     asked = server.stats()["requests"]
-    run(load_config(dadpo(tmp_path, server, teacher, scoring="echo")), until="round-2/train")
+    run(load_config(dadpo(tmp_path, server, teacher)), until="round-2/train")
     assert server.stats()["requests"] == asked
 
 
@@ -187,6 +196,7 @@ def test_a_server_that_cannot_is_found_out_before_anything_is_bought(teacher: Pa
             run(config)
         assert server.stats()["requests"] == 1
     assert not (config.run_dir / "teacher").exists()
+    assert ("round-1/teacher-scores: calls", "one for each new text of the pairs", "192") in forecast(config)
     names = [stage.name for stage in plan(config)]
     assert names.index("teacher-scorer") < names.index("teacher")
     texts_alone = config.model_copy(update={"objective": load_config(experiment(tmp_path / "orpo")).objective})
