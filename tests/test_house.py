@@ -34,7 +34,7 @@ ROWS = [
     {"attention", "head"},
     {"packing", "loading", "alignment", "steps"},
     {"config"},
-    {"mixing", "groups", "diversity", "forms", "judging"},
+    {"mixing", "groups", "diversity", "forms", "judging", "priming"},
     {"tasks", "samplers", "objectives"},
     {"verifiers", "models", "ledger"},
     {"component", "records", "progress", "interrupt", "ledger_file"},

@@ -18,10 +18,25 @@ from orpo_distill.stages.extrapolate import ChooseOptions, ExtrapolateOptions
 from orpo_distill.stages.judge import WIN_RATES, JudgeAnswersOptions, JudgePairsOptions
 from orpo_distill.stages.phi import PhiOptions
 from orpo_distill.stages.score import ScoreOptions
+from orpo_distill.stages.scorer import ScorerOptions, ScoreServer
 from orpo_distill.stages.train import TrainOptions
 from orpo_distill.teaching import TeacherOptions, require_one_vocabulary
 
 CHOSEN = "extrapolate/chosen"
+SCORER = "teacher-scorer"
+# Options of a sampler that only writing reads, not scoring.
+WRITING = tuple(f"server.sampler.{name}" for name in ("api", "tokenizer", "thinking", "length_field"))
+
+
+def scorer_stages(config: Config) -> list[Stage]:
+    """What finds out whether the teacher's server can score, where the objective requires that it does."""
+    server = _server(config)
+    if server is None or "teacher_scores" not in config.objective.requires:
+        return []
+    tokenizer, trusted = config.teacher.scored_by or "", config.train.trust_remote_code
+    options = ScorerOptions(server=server, tokenizer=tokenizer, trust_remote_code=trusted)
+    work = "orpo_distill.stages.scorer:scorer"
+    return [Stage(SCORER, work, options, outputs=("scorer.json",), ignores=WRITING)]
 
 
 def score_stages(config: Config, number: int) -> list[Stage]:
@@ -54,17 +69,28 @@ def _reference(config: Config, number: int) -> Stage:
 
 def _teacher(config: Config, number: int) -> Stage:
     """By the teacher, behind the prompt that it was asked with."""
+    server = _server(config)
     options = ScoreOptions(
         model=config.teacher.scored_by,
+        server=server,
         policy="teacher",
-        prefix=config.teacher.prefix,
+        prefix=config.teacher.instruction,
         student=config.student.model,
         student_trust_remote_code=config.train.trust_remote_code,
         dtype=config.teacher.scored_in,
         trust_remote_code=_trusted(config),
         tokens_per_batch=config.train.tokens_per_batch,
     )
-    return _score(f"round-{number}/teacher-scores", options, {}, number - 1)
+    return _score(f"round-{number}/teacher-scores", options, {"scorer": SCORER} if server else {}, number - 1)
+
+
+def _server(config: Config) -> ScoreServer | None:
+    """The teacher's server, if that scores."""
+    teacher = config.teacher
+    if teacher.scoring == "local":
+        return None
+    sampler = teacher.sampler.for_run(config.name, config.ledger)
+    return ScoreServer(sampler=sampler, model=teacher.model, way=teacher.scoring)
 
 
 def teacher_in_training(config: Config, objective: Objective) -> TeacherOptions | None:
@@ -73,7 +99,7 @@ def teacher_in_training(config: Config, objective: Objective) -> TeacherOptions 
         return None
     return TeacherOptions(
         model=config.teacher.scored_by,
-        prefix=config.teacher.prefix,
+        prefix=config.teacher.instruction,
         dtype=config.teacher.scored_in,
         device=config.teacher.scorer_device,
         trust_remote_code=_trusted(config),
@@ -114,6 +140,7 @@ def _score(name: str, options: ScoreOptions, inputs: dict[str, str], before: int
         inputs,
         outputs=("scores.jsonl",),
         grows=frozenset({"inputs.pairs", "inputs.previous"}),
+        ignores=WRITING,
     )
 
 

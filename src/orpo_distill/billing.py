@@ -31,6 +31,7 @@ from orpo_distill.stages.judge import JudgeAnswersOptions, JudgePairsOptions
 from orpo_distill.stages.problems import ProblemsOptions
 from orpo_distill.stages.problems import problems as make_problems
 from orpo_distill.stages.sample import SampleOptions, waves
+from orpo_distill.stages.score import ScoreOptions
 from orpo_distill.tasks import take
 
 Table = list[tuple[str, ...]]
@@ -144,6 +145,9 @@ def forecast(config: Config) -> Table:
             lines += _of_stage(config, stage, options, options.sampler, ahead)
         elif isinstance(options, JudgePairsOptions) and isinstance(options.judge.sampler, OpenAI):
             lines += _of_judge(config, stage, options, options.judge.sampler, ahead)
+        elif isinstance(options, ScoreOptions) and options.server is not None:
+            texts = 2 * config.pairs.per_problem * len(_problems(config, options))
+            lines.append((f"{stage.name}: calls", "one for each new text of the pairs", str(texts or "not known yet")))
     return [("bill", "expected", "at most"), *lines] if lines else []
 
 
@@ -301,7 +305,7 @@ def _been_through(config: Config, name: str) -> set[str]:
     return {one.id for one in read_jsonl(config.run_dir / "problems" / name, Problem)}
 
 
-def _problems(config: Config, options: SampleOptions | EvaluateOptions) -> Sequence[Problem]:
+def _problems(config: Config, options: SampleOptions | EvaluateOptions | ScoreOptions) -> Sequence[Problem]:
     """What a stage will ask: of a local data set, or of the run's `problems` stage; empty where neither is there."""
     if isinstance(options, EvaluateOptions):
         return _problems_in(config, "test.jsonl", config.evaluate.limit)

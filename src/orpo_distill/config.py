@@ -25,8 +25,10 @@ from orpo_distill.judging import Judge
 from orpo_distill.mixing import PHI_FORMS, AdaptivePhi, PhiSetting, PhiUnit
 from orpo_distill.models import Dtype
 from orpo_distill.objectives import INPUTS, Objective
+from orpo_distill.priming import PRIMINGS, Priming
 from orpo_distill.samplers import Decoding, Sampler
 from orpo_distill.samplers.hf import HF
+from orpo_distill.samplers.openai import OpenAI
 from orpo_distill.samplers.vllm import VLLM
 from orpo_distill.tasks import Task
 
@@ -56,23 +58,51 @@ class TeacherSection(Options):
     sampler: SerializeAsAny[Sampler] = Field(default="hf", validate_default=True)
     decoding: Decoding = Decoding()
     samples: PositiveInt = 8  # K; raising it later only adds traces
-    prefix: str = ""  # an instruction that only the teacher sees
+    priming: Priming = "none"  # an instruction that only the teacher sees, by name
+    prefix: str = ""  # the same in words of one's own; behind the priming if there are both
     stop_at: PositiveInt | None = None  # correct, diverse traces after which a problem is left: waves of `samples`
     max_samples: PositiveInt | None = None  # most traces of a hard problem, with `stop_at`
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()  # of the waves; the last one goes on
     scorer: str | None = None  # a checkpoint that reads given texts as the teacher; default: `model`, where it is one
     scorer_dtype: Dtype | None = None  # how it is loaded; default: as the sampler does
     scorer_device: Annotated[str, SPEED_ONLY] = "auto"  # where it stands while the student is trained
+    scoring: Literal["local", "prompt_logprobs", "echo"] = "local"  # by that checkpoint, or by the sampler's server
+
+    @property
+    def instruction(self) -> str:
+        """What stands before the question for the teacher alone; empty if nothing does."""
+        return "\n\n".join(part for part in (PRIMINGS[self.priming], self.prefix) if part)
 
     @property
     def scored_by(self) -> str | None:
-        """The checkpoint that can say how likely the teacher finds a given text; None where there is none."""
+        """The checkpoint whose weights, or whose tokens at a server, say how likely the teacher finds a given text.
+
+        None where there is none.
+        """
+        if self.scoring != "local" and isinstance(self.sampler, OpenAI):
+            return self.scorer or self.sampler.tokenizer or None
         return self.scorer or (self.model if isinstance(self.sampler, HF | VLLM) else None)
 
     @property
     def scored_in(self) -> Dtype:
         """The number type of that checkpoint."""
         return self.scorer_dtype or (self.sampler.dtype if isinstance(self.sampler, HF | VLLM) else "auto")
+
+    @model_validator(mode="after")
+    def _scores(self) -> Self:
+        if self.scoring == "local":
+            return self
+        if not isinstance(self.sampler, OpenAI):
+            raise ValueError(
+                f"expected the sampler openai beside scoring: {self.scoring}, found {type_name(type(self.sampler))}, "
+                "which asks no server"
+            )
+        if self.scored_by is None:
+            raise ValueError(
+                f"expected the tokenizer of what the server runs beside scoring: {self.scoring}, found none; name its "
+                "folder or hub id in scorer (its weights are not read)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stops(self) -> Self:
@@ -290,7 +320,8 @@ class Config(Options):
             raise ValueError(
                 f"expected a teacher that {TEACHERS[min(wanted)]} for {type_name(type(self.objective))}, found "
                 f"{type_name(type(self.teacher.sampler))}, which only writes texts; name the teacher's checkpoint in "
-                "teacher.scorer, or take an objective that needs no more than texts, such as orpo or dpo"
+                "teacher.scorer, let its server score (teacher.scoring), or take an objective that needs no more than "
+                "texts, such as orpo or dpo"
             )
         if self.objective.across_tokenizers and self.objective.writing:
             raise ValueError(

@@ -116,6 +116,7 @@ SAID = {
     "phi": ("phi", "latest", "initial"),
     "pair": ("phi", "pairs", "paired_problems", "fell_back"),
     "judge_pairs": ("pairs", "candidates", "paired_problems"),
+    "scorer": ("scoring",),
     "score": ("policy", "scored", "tokens"),
     "extrapolate": ("alpha",),
     "choose": ("alpha",),

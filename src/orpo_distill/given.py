@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,12 +65,14 @@ def with_given(batch: ScoredGroups, rows: Sequence[Row], given: Given) -> Scored
 def _laid_out(batch: ScoredGroups, rows: Sequence[Row], scores: Mapping[str, Score]) -> GivenScores:
     import torch
 
+    def told(one: str) -> tuple[float, float]:
+        entropy = scores[one].entropy
+        return scores[one].logp_sum, math.nan if entropy is None else entropy
+
     values = torch.zeros(2, len(batch.logp_sum), device=batch.logp_sum.device)
     sides = [(batch.chosen, [row.pair.chosen_id for row in rows])]
     if len(batch.rejected):
         sides.append((batch.rejected, [row.pair.rejected_id for row in rows]))
     for index, ids in sides:
-        values[:, index] = torch.tensor(
-            [[scores[one].logp_sum for one in ids], [scores[one].entropy for one in ids]], device=values.device
-        )
+        values[:, index] = torch.tensor([told(one) for one in ids], device=values.device).T
     return GivenScores(values[0], values[1])

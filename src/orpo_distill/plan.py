@@ -17,6 +17,7 @@ from orpo_distill.additions import (
     judges_pairs,
     policy_of,
     score_stages,
+    scorer_stages,
     teacher_in_training,
 )
 from orpo_distill.component import type_name
@@ -45,7 +46,7 @@ ASKING = ("task.prompt", "task.system", "task.examples")
 def plan(config: Config) -> list[Stage]:
     """Every stage of a run, in an order in which each one's inputs come before it."""
     uses_student = any(_reads_student(config, one) for one in _objectives(config))
-    stages = [_problems(config), *_sampled(config, "teacher")]
+    stages = [_problems(config), *scorer_stages(config), *_sampled(config, "teacher")]
     if uses_student:
         stages += _sampled(config, "student-0")
     stages += [*_pairs(config, 1), _evaluate(config, "baseline", "student-0", model=config.student.model)]
@@ -89,7 +90,7 @@ def _sampled(config: Config, policy: str) -> list[Stage]:
         decoding=role.decoding,
         samples=role.samples,
         policy=policy,
-        prefix=config.teacher.prefix if policy == "teacher" else "",
+        prefix=config.teacher.instruction if policy == "teacher" else "",
         seed=config.seed if config.traces_seed is None else config.traces_seed,
         stopping=_stop_rule(config) if policy == "teacher" else None,
     )
@@ -294,7 +295,7 @@ def _evaluate(config: Config, name: str, policy: str, model: str | None = None) 
         decoding=config.evaluate.decoding,
         model=model,
         policy=policy,
-        prefix=config.teacher.prefix if is_teacher else "",
+        prefix=config.teacher.instruction if is_teacher else "",
         limits=limits,
         seed=config.problems.seed,
         verify=config.verify,

@@ -70,7 +70,7 @@ def rendered(config: Config, count: int) -> str:
     parts = []
     for problem in problems:
         messages = config.task.messages(problem)
-        asked = with_prefix(messages, config.teacher.prefix)
+        asked = with_prefix(messages, config.teacher.instruction)
         text = render(teacher, asked) if teacher else "\n".join(f"[{m.role}] {m.content}" for m in asked)
         parts += [f"--- teacher, {problem.id}", text, f"--- student, {problem.id}", render(student, messages)]
     if config.judge:
@@ -146,6 +146,8 @@ def _size(stage: Stage, config: Config, counts: Counts) -> str:
     kind = stage.work.partition(":")[2]
     if kind == "score":
         return f"at most {_times(train, config.pairs.per_problem * 2)} texts, those of earlier rounds left out"
+    if kind == "scorer":
+        return "one text, to find out whether the server scores"
     if kind == "problems":
         dropped = f", {counts.dropped}" if counts.dropped else ""
         return f"{_times(train, 1)} to train on, {_times(test, 1)} to test on{dropped}"

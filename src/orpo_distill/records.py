@@ -129,7 +129,8 @@ class Score:
     prompt_id: str
     logp_sum: float
     tokens: int
-    entropy: float  # mean over the tokens of the next-token distribution's entropy over log V, from 0 to 1
+    entropy: float | None  # mean over the tokens of the next-token distribution's entropy over log V, from 0 to 1;
+    # None where the scorer does not tell it: a server
 
 
 @dataclass(frozen=True, slots=True)

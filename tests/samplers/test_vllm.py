@@ -16,18 +16,21 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, LlamaForCausalLM
 
-from benchmarks.environments import python_of
+from benchmarks.environments import checkpoint, python_of
 from orpo_distill.errors import ConfigError, ModelError
 from orpo_distill.ledger import Ledger
 from orpo_distill.models import load_model, load_tokenizer
-from orpo_distill.records import FinishReason, Message
+from orpo_distill.records import FinishReason, Message, Pair, Score, read_jsonl
 from orpo_distill.samplers import Completion, Decoding, Generate, Request
 from orpo_distill.samplers.hf import HF
 from orpo_distill.samplers.openai import OpenAI
 from orpo_distill.samplers.prompts import encode_prompt
 from orpo_distill.samplers.vllm import VLLM, root_cause
+from orpo_distill.stages.score import ScoreOptions, score
+from orpo_distill.stages.scorer import ScorerOptions, ScoreServer, scorer
 from tests.checkpoints import CHAT_TEMPLATE, CONTEXT, save_tiny_checkpoint
 from tests.servers.vllm_serve import vllm_server
+from tests.training import write_pairs
 
 GREEDY = Decoding(temperature=0, max_new_tokens=30)
 QUESTIONS = ("abc", "bad", "hedge a cab", "deaf head fed a bad cab " * 3)
@@ -210,3 +213,49 @@ def test_the_openai_sampler_against_vllm_serve(model: Path, tmp_path: Path) -> N
         assert greedy == [one.text for one in complete(generate, [request(question) for question in QUESTIONS], GREEDY)]
     assert calls == [("settled", 2 * len(QUESTIONS))]
     assert len({one.text for one in first}) > len(QUESTIONS)
+
+
+def arithmetic() -> list[Pair]:
+    """Pairs as a run has them: a chosen text, a wrong one, and a wrong one that was cut; not all of it ASCII."""
+    pairs = []
+    for number in range(6):
+        prompt = (Message("user", f"Ada has {number + 3} apples and eats one. How many are left?"),)
+        right = f"She had {number + 3}, and {number + 3} - 1 = {number + 2}. The answer is {number + 2}."
+        wrong = f"\u00c9mile says: \u201cone more\u201d \U0001f34e: {number + 4}.\n\nThe answer is {number + 4}"
+        cut = number % 2 == 1
+        ids = (f"c{number}", f"r{number}")
+        pairs.append(Pair(f"p{number}", prompt, right, wrong + "." * (not cut), *ids, "teacher", "student-0", cut))
+    return pairs
+
+
+@engine_needed
+def test_vllms_server_scores_texts_as_the_score_stage_does(tmp_path: Path) -> None:
+    """SmolLM2 in float32, in both ways: sums of about 100 nats that differ by rounding alone, from the same tokens."""
+    model = checkpoint()
+
+    def scored(out: Path, server: ScoreServer | None = None) -> dict[str, Score]:
+        out.mkdir()
+        what = ScoreOptions(
+            model=str(model), server=server, policy="teacher", prefix="Explain every step.", student=str(model)
+        )
+        metrics = score(what, {"pairs": write_pairs(out / "pairs", arithmetic())}, out)
+        assert metrics["same_tokens"] is True
+        return {one.trace_id: one for one in read_jsonl(out / "scores.jsonl", Score)}
+
+    local = scored(tmp_path / "local")
+    with vllm_server(model, tmp_path / "log") as url:
+        api = OpenAI(base_url=url, ledger=tmp_path / "ledger.sqlite", price={"prompt": 1, "completion": 1})
+        for way in ("prompt_logprobs", "echo"):
+            server = ScoreServer(sampler=api, model="tiny", way=way)
+            assert scorer(ScorerOptions(server=server, tokenizer=str(model)), {}, tmp_path) == {"scoring": way}
+            found = scored(tmp_path / way, server)
+            assert found.keys() == local.keys()
+            for name, one in found.items():
+                assert (one.tokens, one.entropy) == (local[name].tokens, None)
+                assert one.logp_sum == pytest.approx(local[name].logp_sum, abs=2e-3), name
+    with Ledger(api.ledger_path) as ledger:
+        attempts = ledger.connection.execute("SELECT state, count(*) FROM attempts GROUP BY state").fetchall()
+        bought = ledger.connection.execute("SELECT sum(completion) = count(*), sum(prompt + completion) FROM attempts")
+        assert bought.fetchone() == (1, ledger.spent(api.account).tokens)
+    assert attempts == [("settled", 2 * (1 + len(local)))]
+    assert min(one.logp_sum for one in local.values()) < -20

@@ -83,11 +83,18 @@ def tokens_of(text: str) -> list[str]:
     return TOKEN.findall(text)
 
 
-def prompt_tokens(messages: Sequence[Mapping[str, Any]] | str) -> int:
-    """The words of every message, and four for each message's frame."""
+def prompt_tokens(messages: Sequence[Mapping[str, Any]] | Sequence[int] | str) -> int:
+    """The words of every message, and four for each message's frame; of a prompt in tokens, all of them."""
     if isinstance(messages, str):
         return len(messages.split())
+    if in_tokens(messages):
+        return len(messages)
     return sum(4 + len(str(message.get("content") or "").split()) for message in messages)
+
+
+def in_tokens(prompt: object) -> bool:
+    """Whether a prompt is a list of token ids."""
+    return isinstance(prompt, list) and all(isinstance(token, int) for token in prompt)
 
 
 def answer(question: str, draw: random.Random, style: Style) -> str:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.servers.account import Account, Count
-from tests.servers.answers import NASTY, Limits, Style, Text, generate, messages_hash, prompt_tokens
+from tests.servers.answers import NASTY, Limits, Style, Text, generate, in_tokens, messages_hash, prompt_tokens
 from tests.servers.faults import Fault, error_reply, wrong_usage
 from tests.servers.http1 import Reply
+from tests.servers.scores import Scores
 
 MOST_CHOICES = 128
 COMMON = {"model", "n", "seed", "max_tokens", "stop", "temperature", "top_p", "frequency_penalty", "presence_penalty"}
@@ -35,6 +36,7 @@ class Completions:
 
     def __init__(self, options: Namespace, style: Style, account: Account) -> None:
         self.options, self.style, self.account = options, style, account
+        self.scores = Scores(options.vocabulary) if options.vocabulary else None
         self.seen: set[str] = set()
         self.unseeded = 0
 
@@ -77,12 +79,16 @@ class Completions:
         elif fault.name == "fewer_choices":
             n = fault.draw.randrange(1, n) if n > 1 and fault.draw else 0
         key = self._key(body, hashed)
-        question = asked if isinstance(asked, str) else str(asked[-1].get("content") or "")
+        plain = isinstance(asked, str) or in_tokens(asked)
+        question = str(asked) if plain else str(asked[-1].get("content") or "")
         limits = _limits(body)
         greedy = body.get("temperature") == 0
         texts = [generate(question, key if greedy else f"{key}|{index}", self.style, limits) for index in range(n)]
         count = self._count(asked, hashed, texts)
         response = self._response(body["model"], chat, texts, count)
+        if self.scores and in_tokens(asked):
+            for choice in response["choices"]:
+                choice.update(self.scores.fields(body))
         if fault.name == "wrong_usage":
             response["usage"] = wrong_usage(response["usage"], fault.kind, texts[0].tokens)
             if fault.kind == "missing":

@@ -249,6 +249,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ignore-seed", action="store_true", help="other texts every time, whatever the seed")
     add("--max-n", type=int, default=0, help="the most choices; 0: 128")
     add("--max-n-mode", choices=("refuse", "ignore"), default="refuse", help="400, or fewer choices in silence")
+    add("--vocabulary", type=Path, help="tokens' texts, a JSON list: scores prompts in tokens, see scores.py")
     add("--strict", action="store_true", help="400 for parameters that OpenAI does not know")
     add("--refuse", type=names(), default=(), help="parameters that get a 400")
     add("--refuse-text", default="", help="prompts that hold this text are refused")

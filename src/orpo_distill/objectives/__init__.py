@@ -20,7 +20,8 @@ class GivenScores:
     """What another model says of the same N traces, read from a score stage. Float32, in nats, without gradients."""
 
     logp_sum: Tensor  # (N,) log-probability of the whole text, its end of sequence included unless it was cut
-    entropy: Tensor  # (N,) mean over the text's tokens of the next-token distribution's entropy over log V, 0 to 1
+    entropy: Tensor  # (N,) mean over the text's tokens of the next-token distribution's entropy over log V, 0 to 1;
+    # NaN where a server scored, which does not tell it
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from orpo_distill.page.files import Row, RunFiles, judged
 from orpo_distill.page.measures import Measured
 
 MILLION = 1_000_000
+Spent = tuple[int | None, int | None, float | None]  # prompt tokens, sampled tokens, money
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,7 @@ def costs(files: RunFiles, measured: Sequence[Measured]) -> list[Cost]:
         trained = files.metrics(stage).get("tokens") if stage.endswith("/train") else None
         if each is None and seconds is None and trained is None:
             continue
-        prompt = each.prompt_tokens if each else None
-        sampled = sum(each.lengths.tokens) if each else None
-        money = _money(files.config, each) if each else None
+        prompt, sampled, money = _of_samples(files, each) if each else _of_scores(files, stage)
         found.append(Cost(stage, seconds, prompt, sampled, trained, money))
     return found
 
@@ -56,13 +55,28 @@ def _judgements(files: RunFiles) -> Iterator[Measured]:
         yield found
 
 
+def _of_samples(files: RunFiles, measured: Measured) -> Spent:
+    prompt, sampled = measured.prompt_tokens, sum(measured.lengths.tokens)
+    return prompt, sampled, _money(files.config, measured.source.policy, prompt, sampled)
+
+
+def _of_scores(files: RunFiles, stage: str) -> Spent:
+    """Of a stage whose texts a server scored, drawing a token for each."""
+    found = files.metrics(stage)
+    prompt, scored = found.get("prompt_tokens"), found.get("scored")
+    if prompt is None or scored is None:
+        return None, None, None
+    return prompt, scored, _money(files.config, "teacher", prompt, scored, batched=False)
+
+
 def _order(stage: str) -> tuple[int, int, int]:
     """Where a stage stands in a run."""
     head, _, tail = stage.partition("/")
     steps = ["phi", "student", "student-verdicts", "candidates", "pairs", "reference-scores", "teacher-scores", "train"]
     steps += ["evaluate", "judged"]
     step = steps.index(tail) if tail in steps else len(steps)
-    first = ["problems", "teacher", "teacher-verdicts", "student-0", "student-0-verdicts", "baseline", "warmup"]
+    sampled = ["teacher", "teacher-verdicts", "student-0", "student-0-verdicts"]
+    first = ["problems", "teacher-scorer", *sampled, "baseline", "warmup"]
     if head.startswith("round-") and head[6:].isdecimal():
         return 1, int(head[6:]), step
     if head in first:
@@ -71,18 +85,16 @@ def _order(stage: str) -> tuple[int, int, int]:
     return 2, last.index(head) if head in last else len(last), step
 
 
-def _money(config: Row, measured: Measured) -> float | None:
+def _money(config: Row, policy: str, prompt: int, completion: int, batched: bool = True) -> float | None:
     """Tokens times the prices of the config; None without prices."""
-    policy = measured.source.policy
     role = config.get(policy if policy in ("teacher", "judge") else "student")
     sampler: Any = role.get("sampler") if isinstance(role, dict) else None
     price = sampler.get("price") if isinstance(sampler, dict) else None
     if not isinstance(price, dict) or not (price.get("prompt") or price.get("completion")):
         return None
-    prompt = measured.prompt_tokens * (price.get("prompt") or 0)
-    completion = sum(measured.lengths.tokens) * (price.get("completion") or 0)
-    share = price.get("batch", 1) if sampler.get("batch") else 1
-    return float((prompt + completion) * share / MILLION)
+    money = prompt * (price.get("prompt") or 0) + completion * (price.get("completion") or 0)
+    share = price.get("batch", 1) if batched and sampler.get("batch") else 1
+    return float(money * share / MILLION)
 
 
 def total(found: Sequence[Cost]) -> Cost:

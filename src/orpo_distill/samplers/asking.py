@@ -1,4 +1,4 @@
-"""What is sent to an OpenAI-compatible server."""
+"""What is sent to an OpenAI-compatible server, and how its answer is read."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from orpo_distill.errors import ModelError
 from orpo_distill.ledger import Asked, Bought
 from orpo_distill.records import Message
-from orpo_distill.samplers import Decoding, Request
+from orpo_distill.samplers import Completion, Decoding, Request
+from orpo_distill.samplers.replies import Reply, read_bought, read_reply
 
 if TYPE_CHECKING:
     from orpo_distill.samplers.openai import OpenAI
 
 ROOM = 256, 16  # tokens that a server may put around a prompt, and around each of its messages
+BYTES_A_TOKEN = 3  # a guess, for the rates
 
 
 @dataclass
@@ -25,16 +28,18 @@ class Ask:
     asked: Asked
     body: dict[str, Any]  # of a request, without `n` and `seed`
     most_prompt: int  # tokens: no tokenizer makes more than one of a byte
+    likely_prompt: float  # tokens
     requests: dict[int, Request]  # by sample index
     given_up: set[int] = field(default_factory=set)  # delivered as failed
     stands: dict[int, Bought] | None = None  # what the ledger held when it was last asked
 
 
 class Asking:
-    """Turns requests into what a server is sent for them."""
+    """Turns requests into what a server is sent for them, and what it answers into completions."""
 
     def __init__(self, options: OpenAI, model: str, decoding: Decoding) -> None:
         self._options, self._model, self._decoding = options, model, decoding
+        self.most_completion = decoding.max_new_tokens  # tokens a sample
         self._tokenizer: Any = None
 
     def asks(self, requests: Iterable[Request]) -> Iterator[Ask]:
@@ -43,7 +48,20 @@ class Asking:
             body = self.body(messages)
             asked = self._asked(body)
             most_prompt = len(asked.request.encode()) + ROOM[0] + ROOM[1] * len(messages)
-            yield Ask(asked, body, most_prompt, {request.sample_index: request for request in group})
+            wanted = {request.sample_index: request for request in group}
+            yield Ask(asked, body, most_prompt, most_prompt / BYTES_A_TOKEN, wanted)
+
+    def reply(self, content: bytes, ask: Ask, samples: int) -> Reply:
+        """What a server answered when it was asked for so many samples. Raises Malformed or Declined."""
+        return read_reply(content, samples, ask.most_prompt, self.most_completion)
+
+    def unusable(self, found: str) -> ModelError:
+        """The error for a server that does not do what it is asked for."""
+        return self._options.unusable(found)
+
+    def completion(self, request: Request, bought: Bought) -> Completion:
+        """A sample from the ledger as the completion of its request."""
+        return read_bought(request, bought, self._options.thinking)
 
     def asked(self, messages: Sequence[Message]) -> Asked:
         """Under what the samples of a prompt stand in the ledger."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orpo_distill.errors import ModelError, OrpoDistillError
@@ -21,7 +21,7 @@ from orpo_distill.samplers import Completion, Decoding, Request
 from orpo_distill.samplers.asking import Ask, Asking
 from orpo_distill.samplers.batch_server import BatchServer
 from orpo_distill.samplers.faults import PASSES, Refused, declined, shown
-from orpo_distill.samplers.replies import Declined, Malformed, Reply, read_bought, read_reply, shares
+from orpo_distill.samplers.replies import Declined, Malformed, Reply, read_reply, shares
 
 if TYPE_CHECKING:
     from orpo_distill.samplers.openai import OpenAI
@@ -34,8 +34,8 @@ NEVER_RAN = ("batch_expired", "batch_cancelled")  # error codes of requests that
 class BatchPurchase:
     """A `Generate` that buys in batches, first taking in those with its samples that an earlier run left behind."""
 
-    def __init__(self, options: OpenAI, model: str, ledger: Ledger) -> None:
-        self._options, self._model, self._ledger = options, model, ledger
+    def __init__(self, options: OpenAI, asking: Callable[[Decoding], Asking], ledger: Ledger) -> None:
+        self._options, self._make_asking, self._ledger = options, asking, ledger
         self._server = BatchServer(options)
         self._secrets = options.secret_values
         self._calls = 0
@@ -44,8 +44,8 @@ class BatchPurchase:
 
     def __call__(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Completion]:
         """Completions as batches come back. Raises OrpoDistillError when it has to stop."""
-        self._most_completion = decoding.max_new_tokens
-        asks = list(Asking(self._options, self._model, decoding).asks(requests))
+        self._asking = self._make_asking(decoding)
+        asks = list(self._asking.asks(requests))
         self._look_at_others(asks)
         sent = 0
         while sent <= self._options.retries:
@@ -78,7 +78,7 @@ class BatchPurchase:
             for index, request in list(ask.requests.items()):
                 refused = self._refused.get((ask.asked.key, index))
                 if index in stands:
-                    yield read_bought(request, stands[index], self._options.thinking)
+                    yield self._asking.completion(request, stands[index])
                 elif refused is not None:
                     yield Completion(request, "", FinishReason.ERROR, error=refused)
                 else:
@@ -112,7 +112,7 @@ class BatchPurchase:
         options, terms = self._options, self._options.terms
 
         def begin(ask: Ask, indices: Sequence[int]) -> Any:
-            most = options.most(ask.most_prompt, self._most_completion * len(indices))
+            most = options.most(ask.most_prompt, self._asking.most_completion * len(indices))
             plan = Plan(ask.asked, tuple(indices), most, terms)
             return lambda ledger: ledger.begin(plan, options.account, options.budget.limits, name)
 

@@ -11,7 +11,7 @@ import gc
 import queue
 import random
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,6 @@ from orpo_distill.records import FinishReason
 from orpo_distill.samplers import Completion, Decoding, Request
 from orpo_distill.samplers.asking import Ask, Asking
 from orpo_distill.samplers.faults import Fault, NotOffered, Refused
-from orpo_distill.samplers.replies import read_bought
 from orpo_distill.samplers.sending import Sender
 from orpo_distill.samplers.silence import Silence
 
@@ -42,8 +41,8 @@ NAME_PATIENCE = 10.0  # seconds for which a host's name may be unknown, before a
 class Purchase:
     """A `Generate` that buys from a server. `note` says what it has come to."""
 
-    def __init__(self, options: OpenAI, model: str, ledger: Ledger) -> None:
-        self._options, self._model, self._ledger = options, model, ledger
+    def __init__(self, options: OpenAI, asking: Callable[[Decoding], Asking], ledger: Ledger) -> None:
+        self._options, self._asking, self._ledger = options, asking, ledger
         self._buyer: Buyer | None = None
         self._ended = threading.Event()
 
@@ -51,7 +50,7 @@ class Purchase:
         """Completions as they are there: first what the ledger holds. Raises OrpoDistillError when it has to stop."""
         found: queue.SimpleQueue[Completion | BaseException | None] = queue.SimpleQueue()
         wanted = list(requests)
-        self._buyer = Buyer(self._options, self._model, self._ledger, decoding, found)
+        self._buyer = Buyer(self._options, self._asking(decoding), self._ledger, found)
         self._ended.clear()
         threading.Thread(target=_run, args=(self._buyer, wanted, found, self._ended), name="openai").start()
         while (item := found.get()) is not None:
@@ -114,13 +113,10 @@ def _rarely_collected() -> Iterator[None]:
 class Buyer:
     """Fulfils requests. All methods but `stop`, `give_up`, `note` and `open` run in the event loop's thread."""
 
-    def __init__(
-        self, options: OpenAI, model: str, ledger: Ledger, decoding: Decoding, found: queue.SimpleQueue[Any]
-    ) -> None:
-        self._options, self._found = options, found
-        self._asking = Asking(options, model, decoding)
+    def __init__(self, options: OpenAI, asking: Asking, ledger: Ledger, found: queue.SimpleQueue[Any]) -> None:
+        self._options, self._asking, self._found = options, asking, found
         self._stopping, self._given_up = threading.Event(), threading.Event()
-        self._sender = Sender(options, ledger, decoding.max_new_tokens, self._stopping)
+        self._sender = Sender(options, ledger, asking, self._stopping)
         self._tally = self._sender.tally
         self._silence = Silence(self._sender, ", ".join(options.urls), options.patience)
         self._why: OrpoDistillError | None = None  # the first reason to stop
@@ -168,7 +164,7 @@ class Buyer:
             await self._come_back(tasks)
             watching.cancel()
         if self._refused and not self._tally.calls and not self._tally.delivered:
-            self._halt(self._options.unusable(f"every request was refused, the last with {self._last_refusal}"))
+            self._halt(self._asking.unusable(f"every request was refused, the last with {self._last_refusal}"))
         if isinstance(self._why, BudgetReached):  # now it is known what is missing
             raise self._options.over_budget(self._why, self._missing)
         if self._why:
@@ -275,7 +271,7 @@ class Buyer:
         """A request that cannot heal: the prompt's own fault, unless nothing else has succeeded either."""
         self._refused, self._last_refusal = self._refused + 1, str(error)
         if error.everywhere or (not self._tally.calls and self._refused >= REFUSED_AT_FIRST):
-            return self._halt(self._options.unusable(str(error)))
+            return self._halt(self._asking.unusable(str(error)))
         return self._give_up(ask, indices, str(error))
 
     def _give_up(self, ask: Ask, indices: Sequence[int], error: str) -> None:
@@ -288,7 +284,7 @@ class Buyer:
         """Whether only prompts are left that a live server fails on; stops everything where the server is at fault."""
         silent = self._tally.silent(self._sender.limiter.paused)
         if error.nowhere and silent > NAME_PATIENCE and not self._tally.calls and self._sender.servers.nowhere:
-            self._halt(self._options.unusable(f"{error}, for {silent:.0f} s"))
+            self._halt(self._asking.unusable(f"{error}, for {silent:.0f} s"))
             return False
         if silent <= self._options.patience:
             return False
@@ -311,7 +307,7 @@ class Buyer:
 
     def _completion(self, request: Request, bought: Bought) -> Completion:
         self._tally.delivered += 1
-        return read_bought(request, bought, self._options.thinking)
+        return self._asking.completion(request, bought)
 
     def _deliver(self, completion: Completion) -> None:
         self._missing -= 1

@@ -18,7 +18,7 @@ NEVER_LEFT = (
 PASSES = (408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)  # statuses that may heal
 PERHAPS_SERVED = (408, 502, 504, 520, 522, 524)  # a gateway gave up waiting: the server behind it may not have
 MOVED = (301, 302, 303, 307, 308)
-EVERYWHERE = (*MOVED, 401, 402, 404, 405)  # the address, the key or the account is wrong, not the request
+EVERYWHERE = (*MOVED, 401, 402, 404, 405, 501)  # the address, key, account or server is wrong, not the request
 OUT_OF_CREDIT = "insufficient_quota"  # an error's code or type
 WORDS = 300  # characters of a server's message that are shown
 

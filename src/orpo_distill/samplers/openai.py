@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -27,10 +27,14 @@ from orpo_distill.component import SPEED_ONLY, Options
 from orpo_distill.errors import ConfigError, MissingVariable, ModelError, RunError, missing_extra
 from orpo_distill.ledger import BudgetReached, Ledger, Spent, Usage, reading
 from orpo_distill.ledger_file import PATIENCE, default_path
-from orpo_distill.samplers import Generate, Sampler
+from orpo_distill.samplers import Decoding, Generate, Sampler
 from orpo_distill.samplers.replies import Thinking
 
+if TYPE_CHECKING:
+    from orpo_distill.samplers.asking import Asking
+
 MILLION = 1_000_000
+MEND = "mend the sampler's options or the key"
 LOCK_PATIENCE = 5.0  # seconds for another process's transaction, before that is said and waited for again
 OWN_FIELDS = {
     *("model", "messages", "prompt", "n", "seed", "stream", "temperature", "top_p", "top_k", "stop"),
@@ -216,13 +220,13 @@ class OpenAI(Sampler):
             "command"
         )
 
-    def unusable(self, found: str, do: str = "answer") -> ModelError:
+    def unusable(self, found: str, do: str = "answer", otherwise: str = MEND) -> ModelError:
         """The error for a server that cannot do what is expected of it."""
         plain = [url for url in self.urls if not re.search(r"/v\d", url)]
         hint = f" (does {plain[0]} lack /v1 at its end?)" if plain and "HTTP 404" in found else ""
         return ModelError(
-            f"expected {self.known_as} to {do}, found: {found}{hint}; mend the sampler's options or the key, or see to "
-            "the server, then run the same command: what was bought is kept"
+            f"expected {self.known_as} to {do}, found: {found}{hint}; {otherwise}, or see to the server, then run the "
+            "same command: what was bought is kept"
         )
 
     def left_in_batch(self) -> RunError:
@@ -232,9 +236,15 @@ class OpenAI(Sampler):
             "set it until that batch has come back: what it holds is paid for"
         )
 
-    @contextmanager
-    def open(self, model: str) -> Iterator[Generate]:
+    def open(self, model: str) -> AbstractContextManager[Generate]:
         """Open the ledger; `model` is what the server calls it. Raises ConfigError or RunError."""
+        from orpo_distill.samplers.asking import Asking
+
+        return self.buying(lambda decoding: Asking(self, model, decoding))
+
+    @contextmanager
+    def buying(self, asking: Callable[[Decoding], Asking]) -> Iterator[Generate]:
+        """Open the ledger, to buy what is asked for so. Raises ConfigError or RunError."""
         from orpo_distill.samplers.batches import BatchPurchase
         from orpo_distill.samplers.buyer import Purchase
         from orpo_distill.samplers.unsaved import take_in
@@ -242,7 +252,7 @@ class OpenAI(Sampler):
         self.check()
         with Ledger(self.ledger_path, PATIENCE if self.batch else LOCK_PATIENCE) as ledger:
             take_in(ledger)
-            purchase = (BatchPurchase if self.batch else Purchase)(self, model, ledger)
+            purchase = (BatchPurchase if self.batch else Purchase)(self, asking, ledger)
             try:
                 yield purchase
             finally:

@@ -54,6 +54,16 @@ def read_reply(content: bytes, samples: int, most_prompt: int, most_completion: 
 
     Counts that are missing, negative, beyond what was asked for or far below what came are not believed.
     """
+    choices, said = answered(content, most_prompt, samples * most_completion)
+    kept = [choice for choice in choices if _body(choice) is not None][:samples]
+    letters = sum(len(_content(choice)) + len(_reasoning(choice)) for choice in kept)
+    least_completion = -(-letters // LONGEST_TOKENS)
+    usage = believed(said, most_prompt, range(least_completion, samples * most_completion + 1))
+    return Reply(tuple(map(_as_json, kept)), usage)
+
+
+def answered(content: bytes, most_prompt: int, most_completion: int) -> tuple[list[dict[str, Any]], Any]:
+    """The choices of a reply, and what it says of its usage: at most so many tokens. Raises Malformed or Declined."""
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -61,16 +71,12 @@ def read_reply(content: bytes, samples: int, most_prompt: int, most_completion: 
     choices = data.get("choices") if isinstance(data, dict) else None
     if not choices and (declined := _error(data)):
         said = data.get("usage")
-        usage = _usage(said, most_prompt, range(samples * most_completion + 1))
+        usage = believed(said, most_prompt, range(most_completion + 1))
         counts = (said.get("prompt_tokens"), said.get("completion_tokens")) if isinstance(said, dict) else ()
         raise Declined(declined, usage, billed=usage is None and any(counts))
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise Malformed("expected a list of choices")
-    kept = [choice for choice in choices if _body(choice) is not None][:samples]
-    letters = sum(len(_content(choice)) + len(_reasoning(choice)) for choice in kept)
-    least_completion = -(-letters // LONGEST_TOKENS)
-    usage = _usage(data.get("usage"), most_prompt, range(least_completion, samples * most_completion + 1))
-    return Reply(tuple(map(_as_json, kept)), usage)
+    return choices, data.get("usage")
 
 
 def shares(choices: Sequence[str], tokens: int | None) -> list[int | None]:
@@ -180,7 +186,8 @@ def _joined(content: Any, kind: str) -> str:
     return "".join(_joined(part.get(kind), "text") for part in parts if part.get("type") == kind)
 
 
-def _usage(data: Any, most_prompt: int, possible: range) -> Usage | None:
+def believed(data: Any, most_prompt: int, possible: range) -> Usage | None:
+    """The usage that a reply names, if its counts can be right: of the prompt, and `possible` ones of completions."""
     if not isinstance(data, dict):
         return None
     prompt = _count(data.get("prompt_tokens"), range(1, most_prompt + HIDDEN))

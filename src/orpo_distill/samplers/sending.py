@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Self
 
 from orpo_distill.ledger import Ledger, Operation, Plan, Settlement
 from orpo_distill.progress import say
-from orpo_distill.samplers.asking import Ask
+from orpo_distill.samplers.asking import Ask, Asking
 from orpo_distill.samplers.commits import Commits
 from orpo_distill.samplers.faults import Fault, NotOffered, Refused, declined, fault_of, shown
 from orpo_distill.samplers.rates import Limiter, asked_pause
-from orpo_distill.samplers.replies import Declined, Malformed, Reply, read_reply, shares
+from orpo_distill.samplers.replies import Declined, Malformed, Reply, shares
 from orpo_distill.samplers.servers import Server, Servers
 from orpo_distill.samplers.tally import Tally
 
@@ -32,8 +32,8 @@ class Sender:
     `stopping` says that nothing more is to be sent. All methods run in the event loop's thread.
     """
 
-    def __init__(self, options: OpenAI, ledger: Ledger, most_completion: int, stopping: threading.Event) -> None:
-        self._options, self._most_completion, self._stopping = options, most_completion, stopping
+    def __init__(self, options: OpenAI, ledger: Ledger, asking: Asking, stopping: threading.Event) -> None:
+        self._options, self._asking, self._stopping = options, asking, stopping
         self._key, self._headers = options.secrets()
         self._secrets = options.secret_values
         self._singles = 0  # replies with one choice where several were asked for, in a row
@@ -61,8 +61,9 @@ class Sender:
 
         Where the purchase is stopped before the request leaves, nothing is sent.
         """
-        expected = ask.most_prompt / 3 + len(indices) * self.tally.mean_completion(self._most_completion)
-        most = self._options.most(ask.most_prompt, self._most_completion * len(indices))
+        most_completion = self._asking.most_completion
+        expected = ask.likely_prompt + len(indices) * self.tally.mean_completion(most_completion)
+        most = self._options.most(ask.most_prompt, most_completion * len(indices))
         async with self._slots, self.servers.one() as server:
             await self.limiter.leave(expected)
             attempt = await self._begin(Plan(ask.asked, tuple(indices), most, self._options.terms))
@@ -111,7 +112,7 @@ class Sender:
         """Send a request and record what comes back. Raises Fault or Refused."""
         content = await self._send(server, ask, indices, attempt)
         try:
-            reply = read_reply(content, len(indices), ask.most_prompt, self._most_completion)
+            reply = self._asking.reply(content, ask, len(indices))
         except Malformed as error:
             found = shown(content.decode(errors="replace"), self._secrets)
             await self._failed(attempt, fault := Fault(f"{error}, found {found}", paid=True))

@@ -1,15 +1,15 @@
 """Score: how likely a model finds the traces that the pairs use: the reference, or the teacher.
 
 `scores.jsonl` has a line for each trace: those of the round before first, then those that this round's pairs use for
-the first time. A trace is scored once, as it stands in the pairs: its text without surrounding space, its end of
-sequence included unless it was cut. What is scored is appended to `scores.partial.jsonl`, which stays: a run that is
-resumed, or whose pairs change, scores only what is missing.
+the first time. A trace is scored once, by a model here or by a server, as it stands in the pairs: its text without
+surrounding space, its end of sequence included unless it was cut. What is scored is appended to `scores.partial.jsonl`,
+which stays: a run that is resumed, or whose pairs change, scores only what is missing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,7 @@ from orpo_distill.models import Dtype, load_tokenizer
 from orpo_distill.progress import say
 from orpo_distill.records import JsonlAppender, Pair, Score, read_jsonl, write_jsonl
 from orpo_distill.sampling import prompt_id_of, with_prefix
+from orpo_distill.stages.scorer import ScoreServer, by_server
 
 PARTIAL = "scores.partial.jsonl"
 COMPARED = 64  # texts that are tokenised by both models
@@ -31,9 +32,13 @@ Key = tuple[str, str]  # trace id, prompt id
 
 
 class ScoreOptions(Options):
-    """Who scores. `model` None stands for the `model` folder of the input stage `model`."""
+    """Who scores. `model` None stands for the `model` folder of the input stage `model`.
+
+    With `server` only the model's tokenizer is read here, and how it is loaded is the server's business.
+    """
 
     model: str | None
+    server: ScoreServer | None = None
     policy: str  # teacher, student-0, warmup, ...
     prefix: str = ""  # before the last user message: what only the teacher sees
     student: str  # whose tokens the model's are compared with
@@ -56,7 +61,7 @@ def score(options: ScoreOptions, inputs: Mapping[str, Path], out: Path) -> dict[
     partial = out / PARTIAL
     with JsonlAppender(partial) as appender:  # cuts off a torn line
         standing = {(one.trace_id, one.prompt_id): one for one in read_jsonl(partial, Score)}
-        same = _score_missing(options, new, standing, appender, inputs) if new else None
+        found = _score_missing(options, new, standing, appender, inputs) if new else {}
     scored = [standing[key] for key in new]
     write_jsonl(out / SCORES, [*before, *scored])
     tokens = sum(one.tokens for one in scored)
@@ -66,7 +71,8 @@ def score(options: ScoreOptions, inputs: Mapping[str, Path], out: Path) -> dict[
         "scored": len(scored),
         "tokens": tokens,
         "mean_logp": sum(one.logp_sum for one in scored) / tokens if tokens else None,
-        "same_tokens": same,
+        "same_tokens": found.get("same_tokens"),
+        "prompt_tokens": found.get("prompt_tokens"),
     }
 
 
@@ -94,8 +100,11 @@ def _score_missing(
     standing: dict[Key, Score],
     appender: JsonlAppender,
     inputs: Mapping[str, Path],
-) -> bool:
-    """Have a score for every key in `standing`. Returns whether the model reads the texts in the student's tokens."""
+) -> dict[str, Any]:
+    """Have a score for every key in `standing`.
+
+    Returns whether the model reads the texts in the student's tokens, and how many tokens a server has been sent.
+    """
     model = options.model or str(inputs["model"] / "model")
     keys, responses = list(new), list(new.values())
     rows = rows_of(responses, load_tokenizer(model, options.trust_remote_code))
@@ -105,21 +114,34 @@ def _score_missing(
             f"  {options.policy} splits texts into other tokens than the student: only the log-probabilities of whole "
             "texts are compared"
         )
+    sent = sum(len(row.prompt) + len(row.chosen) for row in rows) if options.server else None
+    metrics = {"same_tokens": same, "prompt_tokens": sent}
     done = {number for number, key in enumerate(keys) if key in standing}
     if len(done) == len(keys):
-        return same
-    reading = Reading(options.dtype, options.tokens_per_batch, options.autocast, options.trust_remote_code)
-    for number, (logp_sum, tokens, entropy) in scores(model, rows, reading, f"score by {options.policy}", done):
+        return metrics
+    for number, (logp_sum, tokens, entropy) in _scores(options, model, rows, done):
         key = keys[number]
-        if not (math.isfinite(logp_sum) and math.isfinite(entropy)):
+        if not (math.isfinite(logp_sum) and math.isfinite(entropy or 0.0)):
+            other = "see to its server" if options.server else f"load it in another number type than {options.dtype}"
             raise ModelError(
                 f"expected a finite log-probability of every trace under {model}, found {logp_sum} for trace {key[0]}; "
-                f"load it in another number type than {options.dtype}, or look for broken weights"
+                f"{other}, or look for broken weights"
             )
         if number not in done:
             standing[key] = Score(*key, logp_sum, tokens, entropy)
             appender.append(standing[key])
-    return same
+    return metrics
+
+
+def _scores(
+    options: ScoreOptions, model: str, rows: Sequence[Row], done: Collection[int]
+) -> Iterator[tuple[int, tuple[float, int, float | None]]]:
+    """What the server gives, or the model here: see `likelihood.scores`."""
+    label = f"score by {options.policy}"
+    if options.server is not None:
+        return by_server(options.server, rows, label, done)
+    reading = Reading(options.dtype, options.tokens_per_batch, options.autocast, options.trust_remote_code)
+    return scores(model, rows, reading, label, done)
 
 
 def _same_tokens(options: ScoreOptions, rows: Sequence[Row], responses: Sequence[Response]) -> bool:
