@@ -128,6 +128,9 @@ EXPLORATORY = (
     ("orpo-mixed", "zero-shot"),
     ("orpo-adaptive", "orpo-mixed"),
     ("orpo-expo", "orpo-mixed"),
+    ("dpo", "orpo-off"),
+    ("dadpo", "dpo"),
+    *((name, "diverse-cot") for name in (*RELATIVES, *WHITE_BOX)),
 )
 PHI_OF_MIXED = 0.5  # where the config has 0 or 1
 
