@@ -144,7 +144,7 @@ def test_status_lists_every_stage_as_finished(finished: Path) -> None:
     assert all("finished" in line for line in lines[1:])
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_killed_at_random_moments_the_result_is_the_same(finished: Path, tmp_path: Path, seed: int) -> None:
     """kill -9 some time into each of several starts, then to the end: byte-identical to the uninterrupted run."""
     path = experiment(tmp_path)

@@ -171,7 +171,7 @@ def test_a_ledger_before_the_first_purchase(tmp_path: Path) -> None:
     assert "make room" not in done.stderr
 
 
-@pytest.mark.parametrize("limit", [700, 5_000, 100_000])
+@pytest.mark.parametrize("limit", [700, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (5_000, 100_000))])
 def test_a_full_disk(tmp_path: Path, limit: int) -> None:
     """No file may grow beyond `limit` bytes: the system refuses the write, as it does on a full disk."""
     path = experiment(tmp_path)

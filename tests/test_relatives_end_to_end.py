@@ -117,6 +117,7 @@ def test_run_again_nothing_is_done(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.jsonl")} == stamps
 
 
+@pytest.mark.slow
 def test_killed_in_its_new_stages_it_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     path = whole_experiment(tmp_path)
     environment = {**os.environ, "COLUMNS": "200"}

@@ -118,7 +118,7 @@ def test_a_killed_process_finds_its_batch_again(moment: float, tmp_path: Path) -
 def test_unanswered_calls_create_no_second_batch(tmp_path: Path) -> None:
     """Calls to files and batches that are cut, refused for a while or time out, also after they were served."""
     with faulty_server(batch_delay=0.3, batch_fault_rate=0.4, hang=1, retry_after=0.1) as server:
-        found = buy(sampler(server, tmp_path, timeout=0.5), requests(20))
+        found = buy(sampler(server, tmp_path, timeout=0.5, patience=60), requests(20))
         assert server.stats()["batch_served"] == 40
     assert all(one.finish_reason is FinishReason.STOP for one in found.values())
 
@@ -216,6 +216,7 @@ def test_two_processes_buy_every_sample_once(tmp_path: Path) -> None:
     assert column(tmp_path, "SELECT sum(again) FROM attempts") == [0]
 
 
+@pytest.mark.slow
 def test_a_host_that_nobody_knows_is_named_soon(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(ModelError, match=r"no-such-host\.invalid/v1 to take a batch, found: "):
