@@ -33,8 +33,8 @@ def scorer_stages(config: Config) -> list[Stage]:
     server = _server(config)
     if server is None or "teacher_scores" not in config.objective.requires:
         return []
-    tokenizer, trusted = config.teacher.scored_by or "", config.train.trust_remote_code
-    options = ScorerOptions(server=server, tokenizer=tokenizer, trust_remote_code=trusted)
+    tokenizer = config.teacher.scored_by or ""
+    options = ScorerOptions(server=server, tokenizer=tokenizer, trust_remote_code=_trusted(config))
     work = "orpo_distill.stages.scorer:scorer"
     return [Stage(SCORER, work, options, outputs=("scorer.json",), ignores=WRITING)]
 

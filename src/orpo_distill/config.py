@@ -316,17 +316,23 @@ class Config(Options):
         """That whatever the objective and extrapolation need can be had."""
         if unknown := self.objective.requires - INPUTS.keys():
             raise ValueError(f"expected an objective that requires {' or '.join(INPUTS)}, found {sorted(unknown)}")
-        if self.teacher.scored_by is None and (wanted := self.objective.requires & TEACHERS.keys()):
+        name, wanted = type_name(type(self.objective)), self.objective.requires & TEACHERS.keys()
+        if wanted and self.teacher.scored_by is None:
+            server = " or how its server scores in teacher.scoring" if "teacher_scores" in wanted else ""
             raise ValueError(
-                f"expected a teacher that {TEACHERS[min(wanted)]} for {type_name(type(self.objective))}, found "
+                f"expected a teacher that {TEACHERS[min(wanted)]} for {name}, found "
                 f"{type_name(type(self.teacher.sampler))}, which only writes texts; name the teacher's checkpoint in "
-                "teacher.scorer, let its server score (teacher.scoring), or take an objective that needs no more than "
-                "texts, such as orpo or dpo"
+                f"teacher.scorer{server}, or take an objective that needs no more than texts, such as orpo or dpo"
+            )
+        if "teacher_distribution" in wanted and self.teacher.scoring != "local":
+            raise ValueError(
+                f"expected teacher.scoring: local for {name}, which reads whole distributions, found "
+                f"{self.teacher.scoring}: no server lends them"
             )
         if self.objective.across_tokenizers and self.objective.writing:
             raise ValueError(
                 f"expected the student to write texts only where teacher and student have the same tokens, found that "
-                f"{type_name(type(self.objective))} wants both"
+                f"{name} wants both"
             )
         if self.extrapolate and self.problems.validation is None:
             raise ValueError("expected problems.validation beside extrapolate, which chooses alpha on it, found null")

@@ -1,6 +1,6 @@
 """The teacher in a train stage: it reads what the student is trained on and lends its whole distributions.
 
-Each text is read behind the prompt that the teacher was asked with itself, its instruction included, in its own chat
+Each text is read behind the prompt that the teacher was asked with itself, priming and prefix included, in its own chat
 template. Where an objective compares token by token, the teacher reads the student's very tokens of the text, so both
 must have one vocabulary; where it compares spans of text, the teacher reads its own (see `alignment`).
 """

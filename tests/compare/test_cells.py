@@ -64,3 +64,14 @@ def test_a_budget_holds_for_the_whole_comparison() -> None:
     assert {run.config.teacher.sampler.account for run in runs} == {"demo-compare"}
     named = design_of([config(teacher={"model": "big", "sampler": {**api, "account": "mine"}})], Wanted("orpo-off"))
     assert named.trained(named.blocks[0], "orpo-off", 0, 1e-3, "epochs").config.teacher.sampler.account == "mine"
+
+
+def test_a_warm_up_has_the_learning_rate_of_the_config_whatever_the_rounds_have() -> None:
+    design = design_of([config()], Wanted("dpo,orpo-off"))
+    block = design.blocks[0]
+    for rate in (1e-5, 1e-3):
+        trained = design.trained(block, "dpo", 0, rate, "epochs").config
+        assert trained.train.learning_rate == rate
+        assert trained.warmup is not None
+        assert trained.warmup.learning_rate == block.config.train.learning_rate
+    assert design.trained(block, "orpo-off", 0, 1e-3, "epochs").config.warmup is None

@@ -230,7 +230,7 @@ def arithmetic() -> list[Pair]:
 
 @engine_needed
 def test_vllms_server_scores_texts_as_the_score_stage_does(tmp_path: Path) -> None:
-    """SmolLM2 in float32, in both ways: sums of about 100 nats that differ by rounding alone, from the same tokens."""
+    """SmolLM2 in float32, in both ways: sums of 36 to 87 nats that differ by rounding alone, of the same tokens."""
     model = checkpoint()
 
     def scored(out: Path, server: ScoreServer | None = None) -> dict[str, Score]:
@@ -252,7 +252,7 @@ def test_vllms_server_scores_texts_as_the_score_stage_does(tmp_path: Path) -> No
             assert found.keys() == local.keys()
             for name, one in found.items():
                 assert (one.tokens, one.entropy) == (local[name].tokens, None)
-                assert one.logp_sum == pytest.approx(local[name].logp_sum, abs=2e-3), name
+                assert one.logp_sum == pytest.approx(local[name].logp_sum, abs=1e-3), name
     with Ledger(api.ledger_path) as ledger:
         attempts = ledger.connection.execute("SELECT state, count(*) FROM attempts GROUP BY state").fetchall()
         bought = ledger.connection.execute("SELECT sum(completion) = count(*), sum(prompt + completion) FROM attempts")

@@ -138,7 +138,7 @@ class Design:
     def _config(self, block: Block, config: Config, name: str, settings: Mapping[str, object]) -> Config:
         own = {"name": (f"{block.name}-" if block.name else "") + _file_name(name), "runs": str(self.folder)}
         controls = {"evaluate.test": True, "evaluate.sft": False, "evaluate.teacher": False}  # methods of their own
-        return overlaid(config, {**controls, **settings, **own, **self._accounts(config)})
+        return overlaid(config, {**controls, **settings, **own, **self._accounts(config), **_warmup(block, config)})
 
     def _accounts(self, config: Config) -> dict[str, str]:
         """One account for what all runs buy, so that a budget holds for the comparison and not for each run."""
@@ -148,6 +148,13 @@ class Design:
             for role, sampler in samplers.items()
             if getattr(sampler, "account", None) == ""
         }
+
+
+def _warmup(block: Block, config: Config) -> dict[str, float]:
+    """A warm-up keeps the config's learning rate, whatever the rounds behind it are trained with."""
+    if config.warmup is None or config.warmup.learning_rate is not None:
+        return {}
+    return {"warmup.learning_rate": block.config.train.learning_rate}
 
 
 def _file_name(name: str) -> str:
