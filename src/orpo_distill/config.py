@@ -205,8 +205,10 @@ class ExtrapolateSection(Options):
 
     @model_validator(mode="after")
     def _differ(self) -> Self:
-        if not self.alpha or len(set(self.alpha)) < len(self.alpha):
-            raise ValueError(f"expected different values of alpha, at least one, found {list(self.alpha)}")
+        if not self.alpha or len({f"{alpha:g}" for alpha in self.alpha}) < len(self.alpha):  # as folders name them
+            raise ValueError(
+                f"expected different values of alpha, at least one, found {list(self.alpha)}; six digits count"
+            )
         return self
 
 
@@ -322,6 +324,12 @@ class Config(Options):
                 f"{type_name(type(self.teacher.sampler))}, which only writes texts; name the teacher's checkpoint in "
                 "teacher.scorer, let its server score (teacher.scoring), or take an objective that needs no more than "
                 "texts, such as orpo or dpo"
+            )
+        if self.teacher.scoring != "local" and "teacher_distribution" in self.objective.requires:
+            raise ValueError(
+                f"expected teacher.scoring: local for {type_name(type(self.objective))}, which reads whole "
+                f"distributions, found {self.teacher.scoring}, which gives numbers of single tokens; leave scoring out "
+                "and name the teacher's checkpoint in teacher.scorer"
             )
         if self.objective.across_tokenizers and self.objective.writing:
             raise ValueError(
