@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from orpo_distill.errors import ConfigError, DataError, ModelError, OrpoDistillError
 from orpo_distill.models import adapter_base, checkpoint_folder, load_model, load_tokenizer, save_checkpoint
 from orpo_distill.progress import say
+from orpo_distill.runs import disk_errors_explained
 from orpo_distill.tasks.rows import read_rows
 
 if TYPE_CHECKING:
@@ -191,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.out.exists():
             raise ModelError(f"expected nothing at {options.out}, found something; remove it or give another folder")
         texts = read_texts(options.texts, options.limit)
-        prune(options.checkpoint, texts, options.share, options.length, options.out)
+        with disk_errors_explained(options.out):
+            prune(options.checkpoint, texts, options.share, options.length, options.out)
     except OrpoDistillError as error:
         say(f"error: {error}")
         return error.exit_code

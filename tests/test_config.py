@@ -65,6 +65,15 @@ def test_an_override_reaches_into_a_component_named_by_a_word(smallest: Path) ->
         (["pairs.phi=adaptive", "rounds=1"], ["rounds of at least 3", "adaptive pairs.phi", "found 1"]),
         (["pairs.phi=adaptive", "rounds=2"], ["round 3 the first whose phi can move", "found 2"]),
         (["teacher.decoding.temperature=0"], ["teacher.decoding.temperature > 0"]),
+        (["extrapolate={alpha: [0.1, 0.10000001]}"], ["extrapolate: expected different values of alpha"]),
+        (
+            [
+                "objective=gkd",
+                "teacher.scoring=echo",
+                "teacher.sampler={type: openai, base_url: 'http://x', tokenizer: small}",
+            ],
+            ["expected teacher.scoring: local for gkd", "found echo"],
+        ),
         (["no-equals-sign"], ["expected key=value, found 'no-equals-sign'"]),
         (["name=../../etc"], ["name"]),
         (["train="], ["expected a value behind train=, found none; write train=null for no value"]),

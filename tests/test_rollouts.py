@@ -123,6 +123,16 @@ def test_a_cache_of_its_own_cannot_be_shared_with_a_teacher(tmp_path: Path) -> N
             Writer(pair[0], tokenizer, Writing(20, teacher_share=0.2), pair[1])
 
 
+def test_a_teacher_whose_numbers_overflow_is_not_taken_for_one_with_a_cache_of_its_own(tmp_path: Path) -> None:
+    model, tokenizer = loaded(tmp_path / "student")
+    teacher, _ = loaded(tmp_path / "teacher", "gpt_neox")
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight.fill_(torch.inf)
+    writer = Writer(model, tokenizer, Writing(5, teacher_share=0.2), teacher)
+    with pytest.raises(ModelError, match="from LlamaForCausalLM and GPTNeoXForCausalLM, found NaN; load the weights in"):
+        writer(PROMPTS, SEEDS)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mamba"])
 def test_broken_weights_are_one_message(tmp_path: Path, architecture: str) -> None:
     model, tokenizer = loaded(tmp_path, architecture)

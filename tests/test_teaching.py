@@ -296,6 +296,18 @@ def test_another_vocabulary_is_said_before_anything_is_loaded(tmp_path: Path) ->
         teacher_of(teacher, folder, Gkd(**GKD), rows)
 
 
+def test_another_end_of_texts_is_refused(tmp_path: Path) -> None:
+    """As of a base model and an instruct one: the student would learn an end that does not stop it."""
+    template = "{%- for message in messages -%}{{ message.content + '<turn>' }}{%- endfor -%}"
+    folder, teacher = (
+        save_tiny_checkpoint(tmp_path / "model"),
+        save_tiny_checkpoint(tmp_path / "teacher", chat_template=template),
+    )
+    rows = rows_of(folder, ragged_pairs(1), with_rejected=False)
+    with pytest.raises(ConfigError, match="to end a text with the same token for gkd, found '<turn>' and '<eos>'"):
+        teacher_of(teacher, folder, Gkd(**GKD), rows)
+
+
 def test_a_context_that_is_too_short(tmp_path: Path) -> None:
     folder, teacher = (save_tiny_checkpoint(tmp_path / name) for name in ("model", "teacher"))
     rows = rows_of(folder, ragged_pairs(1), with_rejected=False)

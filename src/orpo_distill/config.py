@@ -205,8 +205,10 @@ class ExtrapolateSection(Options):
 
     @model_validator(mode="after")
     def _differ(self) -> Self:
-        if not self.alpha or len(set(self.alpha)) < len(self.alpha):
-            raise ValueError(f"expected different values of alpha, at least one, found {list(self.alpha)}")
+        if not self.alpha or len({f"{alpha:g}" for alpha in self.alpha}) < len(self.alpha):  # as folders name them
+            raise ValueError(
+                f"expected different values of alpha, at least one, found {list(self.alpha)}; six digits count"
+            )
         return self
 
 
@@ -327,7 +329,8 @@ class Config(Options):
         if "teacher_distribution" in wanted and self.teacher.scoring != "local":
             raise ValueError(
                 f"expected teacher.scoring: local for {name}, which reads whole distributions, found "
-                f"{self.teacher.scoring}: no server lends them"
+                f"{self.teacher.scoring}: no server lends them; leave scoring out and name the teacher's checkpoint in "
+                "teacher.scorer"
             )
         if self.objective.across_tokenizers and self.objective.writing:
             raise ValueError(

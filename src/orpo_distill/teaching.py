@@ -20,7 +20,7 @@ from orpo_distill.objectives import Compared, Objective
 from orpo_distill.packing import Batch, collate
 from orpo_distill.records import Message
 from orpo_distill.samplers.hf import context_length
-from orpo_distill.samplers.prompts import encode_prompts
+from orpo_distill.samplers.prompts import encode_prompts, end_of_response
 from orpo_distill.sampling import with_prefix
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from orpo_distill.head import Against, Spans
+
+
+OTHERWISE = "or a method that works on texts: orpo, dpo, dadpo, uld"
 
 
 class TeacherOptions(Options):
@@ -43,7 +46,10 @@ class TeacherOptions(Options):
 def require_one_vocabulary(
     objective: Objective, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
 ) -> None:
-    """Raise ConfigError where the objective compares tokens and these two do not mean the same by them."""
+    """Raise ConfigError where the objective compares tokens and these two do not mean the same by them.
+
+    Nor may they end a text differently: the student would learn an end that does not stop it.
+    """
     if objective.across_tokenizers:
         return
     own, other = student.get_vocab(), teacher.get_vocab()
@@ -53,8 +59,18 @@ def require_one_vocabulary(
         raise ConfigError(
             f"expected a teacher with the student's vocabulary for {type_name(type(objective))}, found that "
             f"{len(differing)} tokens differ ({token!r} is {other.get(token)} to the teacher, {own.get(token)} to the "
-            "student); take a student of the teacher's family, or a method that works on texts: orpo, dpo, dadpo, uld"
+            f"student); take a student of the teacher's family, {OTHERWISE}"
         )
+    if (end := end_of_response(student)) != (others := end_of_response(teacher)):
+        raise ConfigError(
+            f"expected teacher and student to end a text with the same token for {type_name(type(objective))}, found "
+            f"{_said(teacher, others)} and {_said(student, end)}; give the student's tokenizer the teacher's chat "
+            f"template or eos_token, {OTHERWISE}"
+        )
+
+
+def _said(tokenizer: PreTrainedTokenizerBase, token: int | None) -> str:
+    return "none" if token is None else repr(tokenizer.convert_ids_to_tokens(token))
 
 
 class Teacher:

@@ -147,6 +147,7 @@ def test_mistakes_are_one_message(tmp_path: Path, texts: Path, capsys: pytest.Ca
         ((whole, whole, texts), 1, "expected nothing at"),
         ((whole, tmp_path / "out", empty), 1, "expected rows with a field text or question"),
         ((whole, tmp_path / "out", tmp_path / "none.jsonl"), 1, "found no such file"),
+        ((whole, empty / "out", texts, "--share", 0.5), 1, "make room or mend it"),
         ((whole, tmp_path / "out", texts, "--length", 1), 1, "expected a text of two tokens or more"),
         ((whole, tmp_path / "out", texts, "--length", 0), 2, "expected --limit and --length above 0"),
     ):
