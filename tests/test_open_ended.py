@@ -185,6 +185,7 @@ def test_without_a_judge_the_report_says_that_nothing_is_measured(tmp_path: Path
     folder = run(config_of(tmp_path, judge=None, rounds=1, evaluate={"decoding": {"max_new_tokens": 8}}))
     assert report_of(folder)["headline"] == {"policy": "student-1", "split": "test", "n": 4}
     assert "not measured: no gold answers, and no judge" in (folder / "report/report.md").read_text()
+    assert all("first shown" not in (folder / name).read_text() for name in ("report/report.md", "student/README.md"))
     assert "No answers were judged yet." in run_page(folder)
 
 

@@ -312,6 +312,6 @@ def _print_bill(settings: Config) -> None:
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns on stdout."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -43,10 +43,10 @@ def open_headline_text(headline: Row) -> str:
 
 
 def win_rate_table(rates: Sequence[Row], split: str) -> list[tuple[str, ...]]:
-    """Rows of text; the first one is the header."""
+    """Rows of text; the first one is the header. None where nothing was compared."""
     header = ("policy", "against", "n", "win rate", "95% interval", "won / even / lost", "p")
     judge = ("first shown won", "orders disagree", "nonsense")
-    return [(*header, *judge)] + [
+    table = [
         (
             row["policy"],
             row["against"],
@@ -60,6 +60,7 @@ def win_rate_table(rates: Sequence[Row], split: str) -> list[tuple[str, ...]]:
         for row in rates
         if row["split"] == split
     ]
+    return [(*header, *judge), *table] if table else []
 
 
 def judge_warnings(content: Row) -> list[str]:

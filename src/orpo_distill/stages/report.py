@@ -136,8 +136,8 @@ def _win_rates(content: Row) -> list[str]:
     parts = [line for warning in judge_warnings(content) for line in (f"**Warning.** {warning}.", "")]
     for split in ("test", "validation"):
         table = results_table(content, split)
-        parts += [f"## Win rates on {split}", "", *markdown_table(table), ""] if len(table) > 1 else []
-    return [*parts, WIN_RATE_NOTE, ""]
+        parts += [f"## Win rates on {split}", "", *markdown_table(table), ""] if table else []
+    return [*parts, WIN_RATE_NOTE, ""] if parts else []
 
 
 def _measured(folder: Path | None) -> Row:
@@ -213,7 +213,9 @@ def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; the first row is the header."""
+    """Lines of a Markdown table; the first row is the header. None for no rows."""
+    if not rows:
+        return []
     escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in escaped]
     return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
