@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -19,11 +18,12 @@ from orpo_distill.loading import load_config
 from orpo_distill.pilot import seconds_a_pair
 from orpo_distill.preview import plan_table
 from tests.checkpoints import save_tiny_checkpoint
-from tests.test_end_to_end import COMMAND, cli, experiment, stable_files
+from tests.test_end_to_end import COMMAND, cli, experiment
 
 GKD = {"type": "gkd", "student_share": 0.5, "max_new_tokens": 12}
 QUIET = {"evaluate": {"teacher": False}, "mechanisms": {"enabled": False}}
-ALL_SAVED = {"pairs_per_step": 4, "learning_rate": 1e-3, "max_length": 256, "checkpoint_minutes": 1e-6}
+SHORT = {"pairs_per_step": 4, "learning_rate": 1e-3, "max_length": 256, "steps_per_round": 4}
+ALL_SAVED = {**SHORT, "checkpoint_minutes": 1e-6}
 OTHER = (("T", "h"), ("i", "s"), ("e", "r"))  # merges of a teacher with tokens of its own
 
 
@@ -34,7 +34,7 @@ def taught(folder: Path, merges: tuple[tuple[str, str], ...] = (), **changes: An
         save_tiny_checkpoint(scorer, "gpt_neox", seed=7, merges=merges)
     sampler = {"type": "scripted", "path": str(folder / "teacher.jsonl")}
     teacher = {"model": "script", "samples": 2, "sampler": sampler, "scorer": str(scorer)}
-    return experiment(folder, **{"teacher": teacher, "objective": GKD, **QUIET, **changes})
+    return experiment(folder, **{"teacher": teacher, "objective": GKD, "train": SHORT, **QUIET, **changes})
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -76,25 +76,24 @@ def test_uld_trains_across_tokenizers(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_between_steps_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """Half of the texts are written in the step: the coins and the texts are those of the run without a kill."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert cli("run", taught(whole, train=ALL_SAVED)).returncode == 0
-    log = lines(whole / "runs/demo/round-2/train/log.jsonl")
+    until = "round-2/train"
+    whole = run(load_config(taught(tmp_path / "whole", train=ALL_SAVED)), until)
+    log = lines(whole / "round-2/train/log.jsonl")
     assert any(line["written_tokens"] for line in log) and all(line["teacher_tokens"] for line in log)
-    path = taught(killed, train=ALL_SAVED)
-    for checkpoint in ("round-1/train/checkpoint-2", "round-2/train/checkpoint-8"):
-        process = subprocess.Popen([*COMMAND, "run", str(path)], stderr=subprocess.DEVNULL, env={**os.environ})
-        while not (killed / "runs/demo" / checkpoint).exists():
+    path = taught(tmp_path / "killed", train=ALL_SAVED)
+    killed = tmp_path / "killed/runs/demo"
+    for checkpoint in ("round-1/train/checkpoint-2", "round-2/train/checkpoint-6"):
+        process = subprocess.Popen([*COMMAND, "run", str(path), "--until", until], stderr=subprocess.DEVNULL)
+        while not (killed / checkpoint).exists():
             assert process.poll() is None
             time.sleep(0.01)
         process.kill()
         process.wait()
-    done = cli("run", path)
-    assert done.returncode == 0, done.stderr
-    found, expected = (stable_files(folder / "runs/demo") for folder in (killed, whole))
-    assert found == expected
-    for number in (1, 2):
-        logs = [lines(folder / f"runs/demo/round-{number}/train/log.jsonl") for folder in (killed, whole)]
-        assert logs[0] == logs[1]
+    run(load_config(path), until)
+    for name in ("log.jsonl", "model/model.safetensors"):
+        for number in (1, 2):
+            files = [folder / f"round-{number}/train" / name for folder in (killed, whole)]
+            assert files[0].read_bytes() == files[1].read_bytes(), files[0]
 
 
 @pytest.mark.slow
