@@ -117,6 +117,12 @@ def test_run_again_nothing_is_done(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.jsonl")} == stamps
 
 
+def test_a_warm_up_that_is_taken_away_is_named(finished: Path) -> None:
+    done = cli("run", finished / "experiment.yaml", "warmup=null", "extrapolate=null")
+    assert done.returncode == 1
+    assert "round-1/train: inputs.start: no longer there" in done.stderr and "--redo" in done.stderr
+
+
 @pytest.mark.slow
 def test_killed_in_its_new_stages_it_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     path = whole_experiment(tmp_path)

@@ -45,7 +45,7 @@ def refuse_stale(stages: Sequence[Stage], run: RunFolder, redo: Sequence[str] = 
     stale = {}
     for stage in unnamed:
         before = run.asked(stage.name) if stage.precious or stage not in dependents else None
-        if before and (changes := _changes(stage, before, flat_options(stage), run)):
+        if before and (changes := [*_changes(stage, before, flat_options(stage), run), *_rewired(stage, before)]):
             stale[stage.name] = "; ".join(changes)
     if stale:
         roots = [s for s in stages if s.name in stale and (s.precious or not stale.keys() & _ancestors(s, stages))]
@@ -209,6 +209,15 @@ def _changes(stage: Stage, before: Asked, options: Mapping[str, Any], run: RunFo
         for key in changed
         if not (key in stage.grows and not finished)
         and not _may_grow(stage, key, before.options.get(key), options.get(key))
+    ]
+
+
+def _rewired(stage: Stage, before: Asked) -> list[str]:
+    """Inputs that came or went, such as a warm-up's: another method, not only other contents."""
+    return [
+        f"inputs.{name}: none -> {stage.inputs[name]}" if name in stage.inputs else f"inputs.{name}: no longer there"
+        for name in sorted(before.inputs.keys() ^ stage.inputs.keys())
+        if not _may_grow(stage, f"inputs.{name}", None, None)
     ]
 
 
