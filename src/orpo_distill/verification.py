@@ -131,7 +131,7 @@ class Worker:
                 self.kill()
                 reason = f"the verifier took longer than {self._timeout:g} s"
         except (EOFError, OSError):
-            reason = f"the verifier's process died (exit code {self.kill()})"
+            reason = f"the verifier's process died (exit code {self.kill(patience=5.0)})"
         if len(items) > 1:
             return [verdict for item in items for verdict in self.judge([item])]
         return [failed(items[0][1], reason)]
@@ -141,8 +141,8 @@ class Worker:
         self._closed.set()
         self.kill()
 
-    def kill(self) -> int | None:
-        """Kill the process. Its exit code, None if there was none."""
+    def kill(self, patience: float = 0.2) -> int | None:
+        """Kill the process after so many seconds to end by itself. Its exit code, None if there was none."""
         process, connection = self._process, self._connection
         self._process = self._connection = None
         if connection is not None:
@@ -150,7 +150,7 @@ class Worker:
         if process is None:
             return None
         with suppress(subprocess.TimeoutExpired):
-            process.wait(0.2)
+            process.wait(patience)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with all that the verifier started
         return process.wait()
