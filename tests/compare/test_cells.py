@@ -75,3 +75,17 @@ def test_a_warm_up_has_the_learning_rate_of_the_config_whatever_the_rounds_have(
         assert trained.warmup is not None
         assert trained.warmup.learning_rate == block.config.train.learning_rate
     assert design.trained(block, "orpo-off", 0, 1e-3, "epochs").config.warmup is None
+
+
+def test_losses_on_log_ratios_try_lower_learning_rates() -> None:
+    """Unless the config has one itself, whose learning rate is then meant for it, or the rates are given."""
+    methods = Wanted("orpo-off,dpo,dadpo,minillm,zero-shot")
+    base = config(train={"learning_rate": 1e-3})
+    design = design_of([base], methods)
+    rates = {method: design.rates_of(design.blocks[0], method) for method in design.trained_methods()}
+    usual, low = (5e-4, 1e-3, 2e-3), (1e-5, 3e-5, 1e-4)
+    assert rates == {"orpo-off": usual, "dpo": low, "dadpo": low, "minillm": usual}
+    own = design_of([config(objective="dpo", train={"learning_rate": 1e-6})], methods)
+    assert own.rates_of(own.blocks[0], "dpo") == (5e-7, 1e-6, 2e-6)
+    given = design_of([base], Wanted("orpo-off,dpo", learning_rates="1e-4,1e-5"))
+    assert given.rates_of(given.blocks[0], "dpo") == given.rates_of(given.blocks[0], "orpo-off") == (1e-4, 1e-5)

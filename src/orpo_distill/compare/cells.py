@@ -16,12 +16,15 @@ from orpo_distill.compare.methods import METHODS, Sweep, configured, overlaid, p
 from orpo_distill.component import type_name
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
+from orpo_distill.objectives.dpo import AgainstReference
 from orpo_distill.plan import plan, select
 from orpo_distill.runs import SHARED, Stage, flat_options
 
 Budget = Literal["epochs", "tokens"]
 SEARCHED = "search"  # in the names of runs that only look for a learning rate
 LONGEST_NAME = 100  # letters of a run's name that are kept as they are
+FACTORS = (0.5, 1, 2)  # of the config's learning rate: what is tried
+LOW_FACTORS = (0.01, 0.03, 0.1)  # the same for losses on sums of log-ratios (Zephyr: 5e-7 behind likelihood's 2e-5)
 FIXED = {
     "train.learning_rate": "; give the rates to choose from with --learning-rates",
     "train.steps_per_round": "; see --budgets",
@@ -78,7 +81,7 @@ class Design:
     methods: tuple[str, ...]
     sweeps: tuple[Sweep, ...] = ()
     seeds: int = 3
-    learning_rates: tuple[float, ...] = ()  # empty: half, one and two times that of each config
+    learning_rates: tuple[float, ...] = ()  # empty: multiples of each config's
     budgets: tuple[Budget, ...] = ("epochs", "tokens")
     vary_traces: bool = False
 
@@ -94,10 +97,17 @@ class Design:
         """The seeds of a block's runs."""
         return range(block.config.seed, block.config.seed + self.seeds)
 
-    def rates_of(self, block: Block) -> tuple[float, ...]:
-        """The learning rates that each method chooses from."""
-        rate = block.config.train.learning_rate
-        return self.learning_rates or (float(f"{rate / 2:.3g}"), rate, float(f"{rate * 2:.3g}"))
+    @property
+    def searches(self) -> bool:
+        """Whether learning rates are chosen on validation."""
+        return len(self.learning_rates) != 1
+
+    def rates_of(self, block: Block, method: str) -> tuple[float, ...]:
+        """The learning rates that a method chooses from."""
+        config = block.config
+        low = isinstance(self._of(block, method).objective, AgainstReference)
+        factors = LOW_FACTORS if low and not isinstance(config.objective, AgainstReference) else FACTORS
+        return self.learning_rates or tuple(float(f"{config.train.learning_rate * each:.6g}") for each in factors)
 
     def baseline(self, block: Block) -> Cell:
         """The initial student, as it is."""

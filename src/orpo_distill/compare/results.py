@@ -196,7 +196,7 @@ def _notes(design: Design, impossible: Mapping[str, str]) -> Iterator[str]:
         )
     yield "The problems are fixed: nothing here says how another choice of train problems would do."
     trained = design.trained_methods()
-    if trained and any(len(design.rates_of(block)) > 1 for block in design.blocks):
+    if trained and design.searches:
         yield (
             "Each method's learning rate was chosen on validation, with the first seed and equal epochs, before test "
             "problems were read; equal tokens use the same rate."
@@ -218,13 +218,16 @@ def _notes(design: Design, impossible: Mapping[str, str]) -> Iterator[str]:
 
 def _edges(design: Design, searches: Sequence[Search]) -> Iterator[str]:
     """Methods whose best learning rate was the lowest or the highest of those tried: another might suit them better."""
-    for block in design.blocks:
-        rates = design.rates_of(block)
-        for edge, word in ((min(rates), "lowest"), (max(rates), "highest")):
-            names = [each.method for each in searches if each.block == block and each.chosen and each.rate == edge]
-            if names and len(rates) > 1:
-                where = f" ({block.name})" if block.name else ""
-                yield f"The {word} learning rate tried, {edge:g}, was the best for {', '.join(names)}{where}."
+    for block in design.blocks if design.searches else ():
+        names: dict[tuple[float, str], list[str]] = {}
+        for each in searches:
+            rates = design.rates_of(block, each.method)
+            word = {min(rates): "lowest", max(rates): "highest"}.get(each.rate)
+            if each.block == block and each.chosen and word:
+                names.setdefault((each.rate, word), []).append(each.method)
+        for (rate, word), methods in sorted(names.items()):
+            where = f" ({block.name})" if block.name else ""
+            yield f"The {word} learning rate tried, {rate:g}, was the best for {', '.join(methods)}{where}."
 
 
 def _contrasts(design: Design, results: Sequence[Result]) -> list[Row]:

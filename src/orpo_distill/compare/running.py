@@ -75,9 +75,7 @@ def compare(design: Design, jobs: int = 1, command: str = "") -> Path:
 
 def _require_validation(design: Design) -> None:
     """Raise ConfigError where learning rates are to be chosen and there is nothing to choose them on."""
-    for block in design.blocks:
-        if len(design.rates_of(block)) == 1 or not design.trained_methods():
-            continue
+    for block in design.blocks if design.searches and design.trained_methods() else ():
         split = block.config.problems.validation
         if split is None or split not in block.config.task.splits():
             found = "problems.validation: null" if split is None else f"no split {split!r} in the task"
@@ -98,14 +96,13 @@ def _check_teachers(design: Design) -> None:
 def _search(runner: Runner, block: Block) -> list[Search]:
     """Each method's learning rates with what they reach on validation. A single rate is not measured."""
     design = runner.design
-    rates, methods = design.rates_of(block), design.trained_methods()
-    if len(rates) == 1:
-        return [Search(block, method, rates[0], chosen=True) for method in methods]
-    cells = {(method, rate): design.searching(block, method, rate) for method in methods for rate in rates}
-    runner(list(cells.values()))
+    rates = {method: design.rates_of(block, method) for method in design.trained_methods()}
+    if not design.searches:
+        return [Search(block, method, only, chosen=True) for method, (only,) in rates.items()]
+    cells = {method: {rate: design.searching(block, method, rate) for rate in each} for method, each in rates.items()}
+    runner([cell for own in cells.values() for cell in own.values()])
     found = []
-    for method in methods:
-        own = {rate: cells[method, rate] for rate in rates}
+    for method, own in cells.items():
         tried = [
             Search(block, method, rate, cell.seed, *_validation(cell))
             for rate, cell in own.items()

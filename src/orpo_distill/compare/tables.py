@@ -18,10 +18,10 @@ def planned(design: Design) -> list[Cell]:
     """The runs that can be known beforehand: those with equal tokens follow from what equal epochs come to."""
     cells = []
     for block in design.blocks:
-        rates = design.rates_of(block)
         cells.append(design.baseline(block))
         for method in design.trained_methods():
-            if len(rates) > 1:
+            rates = design.rates_of(block, method)
+            if design.searches:
                 cells += [design.searching(block, method, rate) for rate in rates]
             cells += [design.trained(block, method, seed, rates[-1], "epochs") for seed in design.seeds_of(block)]
     return cells
