@@ -183,12 +183,12 @@ main()
     [
         ("os.rename", "teacher/traces.jsonl"),
         ("os.remove", "student-0/traces.partial.jsonl"),
-        ("os.rename", "teacher-verdicts/manifest.json"),
-        ("os.rename", "round-1/pairs/pairs.jsonl"),
+        pytest.param("os.rename", "teacher-verdicts/manifest.json", marks=pytest.mark.slow),
+        pytest.param("os.rename", "round-1/pairs/pairs.jsonl", marks=pytest.mark.slow),
         ("open", "optimizer.pt"),
         ("os.rename", "round-1/train/model"),
-        ("os.rename", "round-2/train/train.json"),
-        ("os.rename", "report/report.json"),
+        pytest.param("os.rename", "round-2/train/train.json", marks=pytest.mark.slow),
+        pytest.param("os.rename", "report/report.json", marks=pytest.mark.slow),
     ],
 )
 def test_killed_between_write_and_rename_the_result_is_the_same(
@@ -268,6 +268,7 @@ def test_sampling_in_two_processes_gives_the_same_traces(finished: Path, tmp_pat
         assert (tmp_path / "runs/demo" / name).read_bytes() == (finished / "runs/demo" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_training_under_accelerate_in_two_processes(finished: Path, tmp_path: Path) -> None:
     """The same losses as in one process, up to rounding; and two processes there were."""
     path = experiment(tmp_path, launch={"train": {"launcher": "accelerate", "processes": 2}})

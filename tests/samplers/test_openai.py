@@ -544,6 +544,7 @@ def test_a_server_that_answers_nothing_but_such_errors_is_named(ledger: Path) ->
 # What is said
 
 
+@pytest.mark.slow
 def test_a_host_that_nobody_knows_is_named_soon(ledger: Path) -> None:
     started = time.monotonic()
     with pytest.raises(ModelError, match=r"expected http://no-such-host\.invalid/v1 to answer, found: .*no-such-host"):
