@@ -20,43 +20,33 @@ from typing import Any
 
 import numpy
 
-from orpo_distill.statistics import crossed
+from orpo_distill.statistics import crossed, resampled, resampled_means
 
 TRUTH, OF_PROBLEMS, OF_REST = 0.1, 0.2, 0.35
 OF_SEEDS = (0.0, 0.005, 0.01, 0.02, 0.05)
 SHAPE = S, N = 5, 1000
-RESAMPLES = 2_000
 Interval = tuple[float, float]
 
 
-def resampled(coin: numpy.random.Generator) -> tuple[Any, Any]:
-    """Weights of resampled seeds (RESAMPLES, S) and problems (RESAMPLES, N)."""
-    of_seeds, of_problems = (coin.multinomial(size, numpy.full(size, 1 / size), RESAMPLES) / size for size in SHAPE)
-    return of_seeds, of_problems
-
-
-def intervals(table: Any, weights: tuple[Any, Any]) -> dict[str, Interval]:
+def intervals(table: Any) -> dict[str, Interval]:
     """The 95% interval of the mean of a table (S, N) by each method."""
-    found, (of_seeds, of_problems) = crossed(table), weights
+    found = crossed(table)
     assert found.low is not None and found.high is not None
-    means = ((of_problems @ table.T) * of_seeds).sum(1)
-    low, high = numpy.quantile(means, [0.025, 0.975])
-    half = 1.96 * numpy.sqrt(means.var() + table.mean(1).var() / S / (S - 1))
+    half = 1.96 * numpy.sqrt(resampled_means(table).var() + table.mean(1).var() / S / (S - 1))
     return {
         "crossed": (found.low, found.high),
-        "bootstrap": (float(low), float(high)),
+        "bootstrap": resampled(table),
         "inflated": (found.mean - half, found.mean + half),
     }
 
 
 def measure(seeds: float, tables: int) -> dict[str, Any]:
     """Coverage and half widths over so many tables."""
-    coin = numpy.random.default_rng(0)
-    weights = resampled(coin)
+    coin = numpy.random.default_rng(1)
     drawn = []
     for _ in range(tables):
         table = coin.normal(TRUTH, seeds, (S, 1)) + coin.normal(0, OF_PROBLEMS, N) + coin.normal(0, OF_REST, SHAPE)
-        drawn.append(intervals(table, weights))
+        drawn.append(intervals(table))
     line: dict[str, Any] = {"seeds": seeds, "tables": tables}
     for name in drawn[0]:
         held = sum(low < TRUTH < high for low, high in (each[name] for each in drawn))

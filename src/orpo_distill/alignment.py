@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from orpo_distill.errors import ConfigError, DataError
-from orpo_distill.groups import Tokens
-from orpo_distill.samplers.prompts import end_of_response
+from orpo_distill.errors import ConfigError
+from orpo_distill.groups import Tokens, encoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,16 +63,7 @@ def _encoded(texts: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBa
             f"expected a tokenizer that says where its tokens stand in a text, found {type(tokenizer).__name__}, which "
             "does not; convert it to a tokenizer.json, or take an objective that needs no more than texts, such as orpo"
         )
-    end = end_of_response(tokenizer)
-    if end is None:
-        raise DataError("expected a tokenizer with an end-of-sequence token, found none; set its eos_token")
-    encoded = tokenizer(
-        [text for text, _ in texts],
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
+    encoded, end = encoding([text for text, _ in texts], tokenizer, return_offsets_mapping=True)
     found = []
     for (text, cut), ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         ends = [*(stop for _, stop in offsets[:-1]), len(text)] if ids else []

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from orpo_distill.errors import DataError
-from orpo_distill.records import Message, Pair, derive_seed
-from orpo_distill.samplers.prompts import encode_prompt, end_of_response
+from orpo_distill.records import Pair, derive_seed
+from orpo_distill.samplers.prompts import encode_each, end_of_response
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Tokens = tuple[int, ...]
 
@@ -57,6 +57,11 @@ class Row:
         return replace(self, chosen=self.chosen if keeps_chosen else text, rollout=text) if text else self
 
 
+def distinct_traces(rows: Iterable[Row]) -> set[tuple[Tokens, Tokens]]:
+    """The rows' traces, each behind its prompt: (prompt, trace)."""
+    return {(row.prompt, trace) for row in rows for trace in row.traces}
+
+
 def tokenize(
     pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int, with_rejected: bool
 ) -> list[Row]:
@@ -64,10 +69,7 @@ def tokenize(
     pairs = list(pairs)
     if not pairs:
         raise DataError("expected at least one row in pairs.jsonl, found none; there is nothing to train on")
-    prompts: dict[tuple[Message, ...], Tokens] = {}
-    for pair in pairs:
-        if pair.prompt not in prompts:
-            prompts[pair.prompt] = tuple(encode_prompt(tokenizer, pair.prompt))
+    prompts = encode_each(tokenizer, (pair.prompt for pair in pairs))
     wanted = {(pair.chosen, False) for pair in pairs}
     if with_rejected:
         wanted |= {(pair.rejected, pair.rejected_cut) for pair in pairs}
@@ -84,14 +86,21 @@ def encode_responses(
     texts: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[tuple[str, bool], Tokens]:
     """Tokens of each (text, cut); one that was not cut ends with the token that ends a response."""
+    encoded, end = encoding([text for text, _ in texts], tokenizer)
+    ids = zip(texts, encoded["input_ids"], strict=True)
+    return {(text, cut): (*tokens, *(() if cut else (end,))) for (text, cut), tokens in ids}
+
+
+def encoding(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, **options: bool) -> tuple[BatchEncoding, int]:
+    """What the tokenizer makes of responses' texts, and the token that ends one that was not cut.
+
+    Text that spells a special token, such as <eos>, is text. Raises DataError for a tokenizer without such a token.
+    """
     end = end_of_response(tokenizer)
     if end is None:
         raise DataError("expected a tokenizer with an end-of-sequence token, found none; set its eos_token")
-    # Text that spells a special token, such as <eos>, is text.
-    encoded = tokenizer(
-        [text for text, _ in texts], add_special_tokens=False, split_special_tokens=True, verbose=False
-    )["input_ids"]
-    return {(text, cut): (*ids, *(() if cut else (end,))) for (text, cut), ids in zip(texts, encoded, strict=True)}
+    plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    return tokenizer(list(texts), **plain, **options), end
 
 
 def _check(row: Row, max_length: int, with_rejected: bool) -> None:

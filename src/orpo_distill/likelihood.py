@@ -17,7 +17,7 @@ from orpo_distill.packing import Batch, collate, micro_batches, packed_tokens, p
 from orpo_distill.progress import progress
 from orpo_distill.records import Message, Pair
 from orpo_distill.samplers.hf import context_length
-from orpo_distill.samplers.prompts import encode_prompts
+from orpo_distill.samplers.prompts import encode_each
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,14 +88,13 @@ def rows_of(responses: Sequence[Response], tokenizer: PreTrainedTokenizerBase) -
     """Each response as a row without a rejected side; its number is its place among the responses."""
     if not responses:
         return []
-    prompts = list(dict.fromkeys(response.prompt for response in responses))
-    prompt_tokens = dict(zip(prompts, map(tuple, encode_prompts(tokenizer, prompts)), strict=True))
+    prompts = encode_each(tokenizer, (response.prompt for response in responses))
     wanted = sorted({(response.text, response.cut) for response in responses})
     tokens = encode_responses(wanted, tokenizer)
     rows = []
     for number, response in enumerate(responses):
         pair = Pair("", response.prompt, response.text, "", "", "", "", "")
-        rows.append(Row(number, pair, prompt_tokens[response.prompt], tokens[response.text, response.cut], ()))
+        rows.append(Row(number, pair, prompts[response.prompt], tokens[response.text, response.cut], ()))
     return rows
 
 

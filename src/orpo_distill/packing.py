@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from orpo_distill.groups import Row, Tokens
+from orpo_distill.groups import Row, Tokens, distinct_traces
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,13 +24,12 @@ SAME_LENGTH = 0.75  # traces at least this share of the longest are padded to it
 def packed_tokens(rows: Sequence[Row]) -> int:
     """Tokens that the rows take when they are packed: every prompt once and every distinct trace once."""
     prompts = {row.prompt for row in rows}
-    traces = {(row.prompt, trace) for row in rows for trace in row.traces}
-    return sum(map(len, prompts)) + sum(len(trace) for _, trace in traces)
+    return sum(map(len, prompts)) + sum(len(trace) for _, trace in distinct_traces(rows))
 
 
 def padded_tokens(rows: Sequence[Row]) -> int:
     """Tokens that the rows take where every distinct trace is a row of its own behind its prompt, all padded alike."""
-    traces = {(row.prompt, trace) for row in rows for trace in row.traces}
+    traces = distinct_traces(rows)
     return len(traces) * max((len(prompt) + len(trace) for prompt, trace in traces), default=0)
 
 

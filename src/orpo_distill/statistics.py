@@ -6,12 +6,19 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import sqrt
 from statistics import NormalDist, mean, stdev
+from typing import Any
 
 ENOUGH_SEEDS = 5  # to tell their part of the variance from the problems'
 RESAMPLES = 2_000
 ROUNDING = 1e-12  # sums of floats that differ by less than this share of the largest one are equal
+
+
+def share(part: float, whole: int) -> float | None:
+    """Part of the whole; None where there is nothing to divide by."""
+    return part / whole if whole else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,20 +144,34 @@ def crossed(scores: Sequence[Sequence[float]], confidence: float = 0.95) -> Esti
     return _by_t(centre, spread, left, confidence, how, seeds < ENOUGH_SEEDS)
 
 
-def resampled(scores: Sequence[Sequence[float]], confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Percentiles of the mean of `scores` (seeds, problems) over resampled seeds and problems.
+def resampled(scores: Sequence[Sequence[float]], confidence: float = 0.95) -> tuple[float, float]:
+    """Percentiles of `resampled_means`: seeds are taken for many, and `crossed` is nearer its confidence for few."""
+    import numpy
+
+    low, high = numpy.quantile(resampled_means(scores), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def resampled_means(scores: Sequence[Sequence[float]]) -> Any:
+    """The means of `scores` (seeds, problems) over resampled seeds and problems: (RESAMPLES,), always the same draws.
 
     Both are resampled, independently, because they are crossed (the pigeonhole bootstrap, Owen 2007, Annals of Applied
-    Statistics 1:386). It takes the seeds for many: `crossed` is nearer its confidence where they are few.
+    Statistics 1:386).
     """
     import numpy
 
     table = numpy.asarray(scores, dtype=float)  # (S, N)
-    coin = numpy.random.default_rng(seed)
-    of_seeds, of_problems = (coin.multinomial(n, numpy.full(n, 1 / n), RESAMPLES) / n for n in table.shape)
-    means = ((of_problems @ table.T) * of_seeds).sum(1)  # (RESAMPLES,)
-    low, high = numpy.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    of_seeds, of_problems = _resampling(*table.shape)
+    return ((of_problems @ table.T) * of_seeds).sum(1)
+
+
+@lru_cache(maxsize=1)
+def _resampling(*shape: int) -> tuple[Any, ...]:
+    """The weights of resampled rows and columns of a table, (RESAMPLES, n) for each: all contrasts have one shape."""
+    import numpy
+
+    coin = numpy.random.default_rng(0)
+    return tuple(coin.multinomial(n, numpy.full(n, 1 / n), RESAMPLES) / n for n in shape)
 
 
 def _by_t(centre: float, error: float, degrees: float, confidence: float, how: str, weak: bool) -> Estimate:

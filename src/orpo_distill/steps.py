@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from orpo_distill.groups import Row, Tokens
+from orpo_distill.groups import Row, distinct_traces
 from orpo_distill.records import write_text
 
 COUNTS = ("pairs", "traces", "tokens", "teacher_tokens", "written_tokens")
@@ -85,14 +85,9 @@ class Step:
             "learning_rate": self.learning_rate,
             "pairs": len(self.rows),
             "traces": len(traces),
-            "tokens": sum(map(len, traces)),
+            "tokens": sum(len(trace) for _, trace in traces),
             **self.beside,
         }
-
-
-def distinct_traces(rows: Iterable[Row]) -> list[Tokens]:
-    """The rows' traces, each once behind its prompt."""
-    return [trace for _, trace in {(row.prompt, trace) for row in rows for trace in row.traces}]
 
 
 def cut_log(log: Path, step: int) -> None:

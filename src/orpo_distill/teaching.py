@@ -20,7 +20,7 @@ from orpo_distill.objectives import Compared, Objective
 from orpo_distill.packing import Batch, collate
 from orpo_distill.records import Message
 from orpo_distill.samplers.hf import context_length
-from orpo_distill.samplers.prompts import encode_prompts, end_of_response
+from orpo_distill.samplers.prompts import encode_each, end_of_response
 from orpo_distill.sampling import with_prefix
 
 if TYPE_CHECKING:
@@ -210,9 +210,9 @@ def _places(batch: Batch) -> list[int]:
 
 def _prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, prefix: str) -> dict[tuple[Message, ...], Tokens]:
     """Each prompt of the rows as the teacher reads it."""
-    prompts = list(dict.fromkeys(row.pair.prompt for row in rows))
-    asked = [with_prefix(prompt, prefix) for prompt in prompts]
-    return dict(zip(prompts, map(tuple, encode_prompts(tokenizer, asked)), strict=True))
+    asked = {row.pair.prompt: with_prefix(row.pair.prompt, prefix) for row in rows}
+    tokens = encode_each(tokenizer, asked.values())
+    return {prompt: tokens[read] for prompt, read in asked.items()}
 
 
 def _aligned(

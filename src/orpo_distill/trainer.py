@@ -25,7 +25,7 @@ from orpo_distill.checkpoints import damaged, seal, sweep
 from orpo_distill.component import blamed, type_name
 from orpo_distill.errors import OrpoDistillError, RunError, TrainingError, ran_out_of_memory
 from orpo_distill.given import Given, with_given
-from orpo_distill.groups import Row, written_for
+from orpo_distill.groups import Row, distinct_traces, written_for
 from orpo_distill.interrupt import Stop
 from orpo_distill.models import restore, save_checkpoint
 from orpo_distill.objectives import Objective
@@ -34,7 +34,7 @@ from orpo_distill.progress import say
 from orpo_distill.records import derive_seed
 from orpo_distill.rollouts import Writer, rollout_seeds
 from orpo_distill.scoring import prepare, score
-from orpo_distill.steps import Step, distinct_traces, means
+from orpo_distill.steps import Step, means
 from orpo_distill.teaching import Teacher
 
 CHECKPOINTS_KEPT = 2
@@ -166,7 +166,7 @@ class GroupTrainer(Trainer):
         """What a step costs beside scoring: response tokens that the teacher reads, and that the student writes."""
         found = {}
         if teacher := self.course.teacher:
-            found["teacher_tokens"] = sum(map(len, distinct_traces(map(teacher.row, rows))))
+            found["teacher_tokens"] = sum(len(trace) for _, trace in distinct_traces(map(teacher.row, rows)))
             if self.writer and self.writer.writing.teacher_share:  # it reads along while the texts are written
                 found["teacher_tokens"] += sum(len(row.rollout) for row in rows)
         if self.writer:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from orpo_distill.records import Preference
-from orpo_distill.statistics import mcnemar, wilson
+from orpo_distill.statistics import mcnemar, share, wilson
 
 RESULTS = ("won", "lost", "tie", "orders_disagree", "nonsense", "no_answer", "same")
 UNSTEADY = 0.5  # share of comparisons in which the orders disagree, above which a judge is warned of
 NONSENSE = 0.1  # share of its answers
 Row = dict[str, Any]
+
+INITIAL = "student-0"
+COLUMNS = ("policy", "against", "n", "win rate", "95% interval", "won / even / lost", "p")
+JUDGES_COLUMNS = {
+    "first shown won": "first_shown_won",
+    "orders disagree": "disagreement",
+    "nonsense": "nonsense_answers",
+}
+"""Headings of a table of win rates; behind COLUMNS the shares that say how far to trust the judge."""
 
 WIN_RATE_NOTE = (
     "A win rate is the share of answers that the judge prefers in both orders; ties, disagreements of the two orders "
@@ -41,10 +50,10 @@ def counted(preferences: Sequence[Preference]) -> Row:
     counts: Row = {
         "comparisons": len(preferences),
         **{name: results[name] for name in RESULTS},
-        "first_shown_won": _share(first, first + said[0, "lost"] + said[1, "won"]),
-        "disagreement": _share(results["orders_disagree"], readable),
+        "first_shown_won": share(first, first + said[0, "lost"] + said[1, "won"]),
+        "disagreement": share(results["orders_disagree"], readable),
         "answers": answers,
-        "nonsense_answers": _share(nonsense, answers),
+        "nonsense_answers": share(nonsense, answers),
     }
     return {**counts, "warnings": warnings(counts)}
 
@@ -64,7 +73,7 @@ def win_rate(preferences: Sequence[Preference]) -> Row:
     low, high = wilson(score, n) if n else (None, None)
     return {
         "n": n,
-        "win_rate": _share(score, n),
+        "win_rate": share(score, n),
         "low": low,
         "high": high,
         "p": mcnemar(wins, losses) if n else None,
@@ -89,5 +98,24 @@ def warnings(counts: Row) -> list[str]:
     return found
 
 
-def _share(part: float, whole: int) -> float | None:
-    return part / whole if whole else None
+def against_initial(rates: Iterable[Row], policy: str | None, split: str) -> Row | None:
+    """A policy's win rate against the initial student; None where they were not compared."""
+    wanted = {"policy": policy, "against": INITIAL, "split": split}
+    return next((row for row in rates if wanted.items() <= row.items()), None)
+
+
+def compared(row: Row) -> str:
+    """Whose answers a win rate is about."""
+    return f"{row['policy']} against {row['against']} on {row['split']}"
+
+
+def outcomes(row: Row) -> str:
+    """How many comparisons were won, had no winner and were lost."""
+    return f"{row['won']} / {row['n'] - row['won'] - row['lost']} / {row['lost']}"
+
+
+def judge_warnings(metrics: Mapping[str, Row], rates: Iterable[Row]) -> list[str]:
+    """What makes one doubt the judge, of pairs (by stage) and of answers, each with where it was found."""
+    places = [(stage, (counted.get("judge") or {}).get("warnings", ())) for stage, counted in metrics.items()]
+    places += [(compared(row), row["warnings"]) for row in rates]
+    return [f"{place}: {warning}" for place, found in places for warning in found]

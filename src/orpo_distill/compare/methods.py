@@ -23,7 +23,8 @@ ORPO = {"objective": "orpo"}
 FROM_STUDENT = {"pairs.negatives_from": "student", "pairs.matched": False}
 AGAINST_STUDENT = {**ORPO, **FROM_STUDENT}
 # DPO without a warm-up collapses (Zephyr).
-AFTER_SFT = {**FROM_STUDENT, "pairs.phi": 0.0, "warmup": {"objective": "sft", "epochs": 1}}
+WARMED = {"warmup": {"objective": "sft", "epochs": 1}}
+AFTER_SFT = {**FROM_STUDENT, "pairs.phi": 0.0, **WARMED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "minillm": Method(
         "MiniLLM: reverse KL to the teacher, on texts that both write together; needs a teacher of one vocabulary",
-        {"objective": "minillm", "warmup": {"objective": "sft", "epochs": 1}},
+        {"objective": "minillm", **WARMED},
     ),
 }
 RELATIVES = ("dpo", "dpo-nll", "flex-dpo", "mallows-dpo", "sppo", "dadpo")

@@ -5,7 +5,7 @@ Sampling and training both encode prompts here, so that a student is trained on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from orpo_distill.errors import ModelError
@@ -50,6 +50,14 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequenc
     if not tokenizer.chat_template and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
         return [[tokenizer.bos_token_id, *ids] for ids in encoded]
     return encoded
+
+
+def encode_each(
+    tokenizer: PreTrainedTokenizerBase, prompts: Iterable[tuple[Message, ...]]
+) -> dict[tuple[Message, ...], tuple[int, ...]]:
+    """The token ids of each different prompt, as `encode_prompt` gives them."""
+    distinct = list(dict.fromkeys(prompts))
+    return dict(zip(distinct, map(tuple, encode_prompts(tokenizer, distinct)), strict=True))
 
 
 def end_of_response(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -35,7 +35,7 @@ from orpo_distill.runs import read_manifest
 from orpo_distill.sampling import Author, sample_traces, standing_traces, take_over
 from orpo_distill.stages.pair import Tally
 from orpo_distill.stages.sieve import SIDES, Dropped
-from orpo_distill.win_rates import counted, win_rate
+from orpo_distill.win_rates import compared, counted, win_rate
 
 JUDGEMENTS, WIN_RATES = "judgements.jsonl", "win-rates.json"
 Row = dict[str, Any]
@@ -112,7 +112,7 @@ def judge_answers(options: JudgeAnswersOptions, inputs: Mapping[str, Path], out:
     for (split, against), some in matches.items():
         preferences = [next(found) for _ in some]
         row = {"policy": options.policy, "against": against, "split": split, **win_rate(preferences)}
-        _warn(row, f"{options.policy} against {against} on {split}")
+        _warn(row, compared(row))
         rows.append(row)
     write_text(out / WIN_RATES, json.dumps(rows, indent=1) + "\n")
     return {f"{row['split']}, against {row['against']}": row for row in rows}

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from orpo_distill.stages.judge import WIN_RATES
+from orpo_distill.win_rates import COLUMNS, JUDGES_COLUMNS, against_initial, outcomes
 
 Row = dict[str, Any]
-INITIAL = "student-0"
 
 
 def read_win_rates(inputs: Mapping[str, Path]) -> list[Row]:
@@ -22,11 +22,11 @@ def read_win_rates(inputs: Mapping[str, Path]) -> list[Row]:
 def open_headline(results: Sequence[Row], rates: Sequence[Row], policy: str, split: str) -> Row:
     """The last student's win rate against the initial one; without a judge, how much it answered."""
     row = next(row for row in results if row["policy"] == policy and row["split"] == split)
-    against = {"policy": policy, "against": INITIAL, "split": split}
-    rate = next((row for row in rates if against.items() <= row.items()), None)
+    rate = against_initial(rates, policy, split)
     if rate is None:
         return {"policy": policy, "split": split, "n": row["n"]}
-    return against | {key: rate[key] for key in ("n", "win_rate", "low", "high", "p")}
+    kept = ("policy", "against", "split", "n", "win_rate", "low", "high", "p")
+    return {key: rate[key] for key in kept}
 
 
 def open_headline_text(headline: Row) -> str:
@@ -44,8 +44,6 @@ def open_headline_text(headline: Row) -> str:
 
 def win_rate_table(rates: Sequence[Row], split: str) -> list[tuple[str, ...]]:
     """Rows of text; the first one is the header. None where nothing was compared."""
-    header = ("policy", "against", "n", "win rate", "95% interval", "won / even / lost", "p")
-    judge = ("first shown won", "orders disagree", "nonsense")
     table = [
         (
             row["policy"],
@@ -53,29 +51,14 @@ def win_rate_table(rates: Sequence[Row], split: str) -> list[tuple[str, ...]]:
             str(row["n"]),
             _percent(row["win_rate"]),
             "" if row["low"] is None else f"{row['low']:.1%} to {row['high']:.1%}",
-            f"{row['won']} / {row['n'] - row['won'] - row['lost']} / {row['lost']}",
+            outcomes(row),
             "" if row["p"] is None else f"{row['p']:.2g}",
-            *(_percent(row[name]) for name in ("first_shown_won", "disagreement", "nonsense_answers")),
+            *(_percent(row[name]) for name in JUDGES_COLUMNS.values()),
         )
         for row in rates
         if row["split"] == split
     ]
-    return [(*header, *judge), *table] if table else []
-
-
-def judge_warnings(content: Row) -> list[str]:
-    """What makes one doubt the judge, of pairs and of answers, each with where it was found."""
-    of_pairs = [
-        f"{name}: {warning}"
-        for name, stage in content["stages"].items()
-        for warning in (stage["metrics"].get("judge") or {}).get("warnings", ())
-    ]
-    of_answers = [
-        f"{row['policy']} against {row['against']} on {row['split']}: {warning}"
-        for row in content["win_rates"]
-        for warning in row["warnings"]
-    ]
-    return of_pairs + of_answers
+    return [(*COLUMNS, *JUDGES_COLUMNS), *table] if table else []
 
 
 def _percent(value: float | None) -> str:

@@ -34,6 +34,7 @@ from orpo_distill.records import (
     to_json,
 )
 from orpo_distill.stages.sieve import SIDES, Case, Dropped, Sieve
+from orpo_distill.statistics import share
 from orpo_distill.tasks import Task
 
 if TYPE_CHECKING:
@@ -90,13 +91,13 @@ class Tally:
             "pairs": self.pairs,
             "problems": self.problems,
             "paired_problems": self.paired_problems,
-            "pairs_per_problem": _share(self.pairs, self.paired_problems),
+            "pairs_per_problem": share(self.pairs, self.paired_problems),
             "used": {side: self.used[side] for side in SIDES},
             "dropped": {side: self.reasons(side) for side in ("problem", *SIDES)},
             "rejected_policies": {policy: n / self.pairs for policy, n in sorted(self.policies.items())},
             "sent_to_latest": self.sent_to_latest,
             "fell_back": self.fell_back,
-            "fell_back_share": _share(self.fell_back, self.sent_to_latest),
+            "fell_back_share": share(self.fell_back, self.sent_to_latest),
         }
 
 
@@ -256,10 +257,6 @@ def _make(case: Case, chosen: Judged, rejected: Judged | None) -> Pair:
         rejected_policy=rejected.trace.policy if rejected else "",
         rejected_cut=rejected is not None and rejected.cut,
     )
-
-
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
 
 
 _ADVICE = {

@@ -21,14 +21,8 @@ from orpo_distill.page.results import whole_texts
 from orpo_distill.progress import say
 from orpo_distill.records import write_text
 from orpo_distill.runs import read_manifest
-from orpo_distill.stages.open_report import (
-    judge_warnings,
-    open_headline,
-    open_headline_text,
-    read_win_rates,
-    win_rate_table,
-)
-from orpo_distill.win_rates import WIN_RATE_NOTE
+from orpo_distill.stages.open_report import open_headline, open_headline_text, read_win_rates, win_rate_table
+from orpo_distill.win_rates import WIN_RATE_NOTE, judge_warnings
 
 Row = dict[str, Any]
 
@@ -133,7 +127,10 @@ def _accuracies(content: Row) -> list[str]:
 
 
 def _win_rates(content: Row) -> list[str]:
-    parts = [line for warning in judge_warnings(content) for line in (f"**Warning.** {warning}.", "")]
+    metrics = {name: stage["metrics"] for name, stage in content["stages"].items()}
+    parts = [
+        line for warning in judge_warnings(metrics, content["win_rates"]) for line in (f"**Warning.** {warning}.", "")
+    ]
     for split in ("test", "validation"):
         table = results_table(content, split)
         parts += [f"## Win rates on {split}", "", *markdown_table(table), ""] if table else []
