@@ -13,7 +13,7 @@ import yaml
 from orpo_distill.billing import forecast
 from orpo_distill.compare.cells import Wanted, design_of
 from orpo_distill.config import Config
-from orpo_distill.errors import ConfigError, DataError, RunError
+from orpo_distill.errors import ConfigError, DataError, ModelError, RunError
 from orpo_distill.experiment import run, status
 from orpo_distill.exporting import export_rows
 from orpo_distill.loading import load_config
@@ -153,6 +153,13 @@ def test_another_judge_is_an_error_that_names_it(finished: Path) -> None:
     changed = load_config(finished.parents[1] / "open.yaml", ["judge.rubric=Be kind."])
     with pytest.raises(RunError, match=r"(?s)judge\.rubric: .*add --redo round-1/pairs"):
         run(changed)
+
+
+def test_a_judge_that_is_not_there_is_refused_before_anything_is_sampled(tmp_path: Path) -> None:
+    config = config_of(tmp_path, judge={"model": str(tmp_path / "gone"), "sampler": "hf"})
+    with pytest.raises(ModelError, match=r"found nothing at .*gone"):
+        run(config)
+    assert not (config.run_dir / "problems").exists()
 
 
 @pytest.mark.slow

@@ -145,6 +145,17 @@ def test_keep_accepts_what_changed_but_still_grows(folder: RunFolder) -> None:
     assert manifest is not None and manifest.asked.kept == ("letter",)
 
 
+def test_another_work_is_one_change_and_cannot_be_kept(folder: RunFolder) -> None:
+    first, second = stages(Count(), Count())
+    go(folder, [first, second])
+    changed = [first, replace(second, work="m:g", options=Count(letter="b"))]
+    for keep in ([], ["deep/second"]):
+        with pytest.raises(RunError) as caught:
+            go(folder, changed, keep=keep)
+        assert "deep/second: work: f -> g\nadd --redo deep/second" in str(caught.value)
+        assert "--keep" not in str(caught.value)
+
+
 def test_keep_does_not_excuse_a_stage_that_never_finished(folder: RunFolder) -> None:
     go(folder, stages(Count(), Count()))
     (folder.of("first") / "manifest.json").unlink()

@@ -334,6 +334,9 @@ def test_overflow_in_half_precision_names_the_row_and_the_remedy(tmp_path: Path)
         assert isinstance(compared, Compared)
         if dtype == "bfloat16":
             reader.require_finite(compared, rows, batch)
+            without = replace(compared, divergence=compared.divergence / 0)
+            with pytest.raises(ModelError, match=r"finite divergence from the teacher .*, found inf for pairs\.jsonl:"):
+                reader.require_finite(without, rows, batch)
             continue
         expected = (
             r"found nan for pairs.jsonl:\d+ \(problem p\d, chosen .*of type float16: set teacher.scorer_dtype to bfl"

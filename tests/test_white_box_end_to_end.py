@@ -12,7 +12,7 @@ import pytest
 
 from orpo_distill.compare.cells import Wanted, design_of
 from orpo_distill.compare.running import compare
-from orpo_distill.errors import ConfigError
+from orpo_distill.errors import ConfigError, ModelError
 from orpo_distill.experiment import run
 from orpo_distill.loading import load_config
 from orpo_distill.pilot import seconds_a_pair
@@ -54,6 +54,13 @@ def test_another_vocabulary_is_refused_before_anything_is_made(tmp_path: Path) -
         compare(design_of([config], asked))
     assert not (tmp_path / "runs/both/shared").exists()
     assert plan_table(load_config(taught(tmp_path, OTHER, objective="uld")))[1] == []
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    config = load_config(taught(tmp_path), ["teacher.scorer_device=cuda:99"])
+    with pytest.raises(ModelError, match="expected the device 'cuda:99'"):
+        run(config)
+    assert not (tmp_path / "runs/demo/problems").exists()
 
 
 @pytest.mark.parametrize("name", ["gkd", "uld"])

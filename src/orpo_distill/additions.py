@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from orpo_distill.config import Config
 from orpo_distill.judging import Judge
 from orpo_distill.mixing import PHI_FILE, AdaptivePhi
-from orpo_distill.models import load_tokenizer
+from orpo_distill.models import checkpoint_folder, load_tokenizer, pick_device
 from orpo_distill.objectives import Objective
 from orpo_distill.runs import Stage
 from orpo_distill.samplers.hf import HF
@@ -106,19 +106,33 @@ def teacher_in_training(config: Config, objective: Objective) -> TeacherOptions 
     )
 
 
-def check_teachers(stages: Iterable[Stage]) -> None:
-    """Raise ConfigError where a train stage needs a teacher with the student's vocabulary and has another."""
+def check_ahead(stages: Iterable[Stage]) -> None:
+    """Raise now what late stages would raise after hours of work: ConfigError, ModelError or DataError.
+
+    That is for a teacher in training with another vocabulary than the student's, or on a device that is not there, and
+    for a judge that cannot be asked.
+    """
     checked = set()
-    for stage in stages:
-        options = stage.options
-        if not isinstance(options, TrainOptions) or options.teacher is None or options.objective.across_tokenizers:
-            continue
-        models = options.model, options.teacher.model
-        if models not in checked:
-            student = load_tokenizer(options.model, options.train.trust_remote_code)
-            teacher = load_tokenizer(options.teacher.model, options.teacher.trust_remote_code)
-            require_one_vocabulary(options.objective, student, teacher)
-            checked.add(models)
+    for options in (stage.options for stage in stages):
+        if isinstance(options, JudgePairsOptions):
+            _check_judge(options.judge)
+        elif isinstance(options, TrainOptions) and options.teacher:
+            models = options.model, options.teacher.model
+            if models not in checked:
+                _check_teacher(options, options.teacher)
+                checked.add(models)
+
+
+def _check_judge(judge: Judge) -> None:
+    if isinstance(judge.sampler, HF | VLLM):
+        checkpoint_folder(judge.model)
+    judge.sampler.check()
+
+
+def _check_teacher(options: TrainOptions, teacher: TeacherOptions) -> None:
+    student = load_tokenizer(options.model, options.train.trust_remote_code)
+    require_one_vocabulary(options.objective, student, load_tokenizer(teacher.model, teacher.trust_remote_code))
+    pick_device(teacher.device)
 
 
 def _trusted(config: Config) -> bool:

@@ -39,7 +39,7 @@ def refuse_stale(stages: Sequence[Stage], run: RunFolder, redo: Sequence[str] = 
     """
     _check_patterns([*redo, *keep], stages)
     dependents = _with_dependents(stages, redo)
-    kept = {stage.name for stage in stages if _matches(stage, keep) and run.manifest(stage.name)}
+    kept = {stage.name for stage in stages if _matches(stage, keep) and _may_keep(stage, run)}
     shared = {stage.name for stage in stages if run.shares and not stage.own}  # get another folder
     unnamed = [stage for stage in stages if not (_matches(stage, redo) or stage.name in kept | shared)]
     stale = {}
@@ -49,12 +49,14 @@ def refuse_stale(stages: Sequence[Stage], run: RunFolder, redo: Sequence[str] = 
             stale[stage.name] = "; ".join(changes)
     if stale:
         roots = [s for s in stages if s.name in stale and (s.precious or not stale.keys() & _ancestors(s, stages))]
-        redos, keeps = (" ".join(f"--{how} {stage.name}" for stage in roots) for how in ("redo", "keep"))
+        redos = " ".join(f"--redo {stage.name}" for stage in roots)
+        keeps = " ".join(f"--keep {stage.name}" for stage in roots if _may_keep(stage, run))
         raise RunError(
             f"expected the settings that {run.path} was made with, found changed ones:\n"
             + "\n".join(f"  {name}: {changes}" for name, changes in stale.items())
             + f"\nadd {redos} to make it, and what depends on it, anew (the old is kept in superseded/), "
-            f"{keeps} to go on with what is there, or change `name` to start another run"
+            + (f"{keeps} to go on with what is there, " if keeps else "")
+            + "or change `name` to start another run"
         )
 
 
@@ -200,8 +202,12 @@ def _changes(stage: Stage, before: Asked, options: Mapping[str, Any], run: RunFo
     """Options that changed in a way that the stage cannot grow into, as `key: old -> new`.
 
     The limits of a stage that has not finished may also be lowered again, but for one that another run may be making.
+    Another work has other options altogether: then it is the one change.
     """
-    finished = _shared(stage, run) or (run.of(stage.name) / "manifest.json").exists()
+    if before.work != stage.work:
+        old, new = (work.rpartition(":")[2] for work in (before.work, stage.work))
+        return [f"work: {old} -> {new}"]
+    finished = _shared(stage, run) or run.finished(stage.name)
     keys = sorted({*before.options, *options})
     changed = [key for key in keys if before.options.get(key) != options.get(key)]
     return [
@@ -214,6 +220,8 @@ def _changes(stage: Stage, before: Asked, options: Mapping[str, Any], run: RunFo
 
 def _rewired(stage: Stage, before: Asked) -> list[str]:
     """Inputs that came or went, such as a warm-up's: another method, not only other contents."""
+    if before.work != stage.work:
+        return []
     return [
         f"inputs.{name}: none -> {stage.inputs[name]}" if name in stage.inputs else f"inputs.{name}: no longer there"
         for name in sorted(before.inputs.keys() ^ stage.inputs.keys())
@@ -234,6 +242,12 @@ def _outdated(stage: Stage, before: Asked, asked: Asked, run: RunFolder) -> list
     inputs = [name for name in changed if f"inputs.{name}" not in stage.grows]
     shown = ", ".join(inputs[:3]) + (f" and {len(inputs) - 3} more" if len(inputs) > 3 else "")
     return [*_changes(stage, before, asked.options, run), *([f"changed inputs ({shown})"] if inputs else [])]
+
+
+def _may_keep(stage: Stage, run: RunFolder) -> bool:
+    """Whether a stage has finished and its work would be called the same way now."""
+    manifest = run.manifest(stage.name)
+    return manifest is not None and manifest.asked.work == stage.work
 
 
 def _keep(stage: Stage, run: RunFolder) -> None:

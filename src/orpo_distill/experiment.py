@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from orpo_distill.additions import check_teachers
+from orpo_distill.additions import check_ahead
 from orpo_distill.config import Config
 from orpo_distill.errors import RunError
 from orpo_distill.execution import REDOING, execute, refuse_stale, state
@@ -37,7 +37,7 @@ def run(config: Config, until: str | None = None, redo: Sequence[str] = (), keep
         refuse_stale(stages, folder, redo, keep)
         write_text(folder.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         write_text(folder.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
-        check_teachers(stages)
+        check_ahead(stage for stage in stages if not folder.finished(stage.name))
         execute(stages, folder, _Timed(Launcher(config.launch), folder), redo, keep)
         if folder.shares:
             _collect_times(stages, folder)

@@ -144,6 +144,10 @@ class RunFolder:
             file.flush()
             yield
 
+    def finished(self, stage: str) -> bool:
+        """Whether a stage has finished, if perhaps with other settings."""
+        return (self.of(stage) / "manifest.json").exists()
+
     def manifest(self, stage: str) -> Manifest | None:
         """A finished stage's manifest, None if it is not finished. Raises RunError if it is damaged."""
         try:

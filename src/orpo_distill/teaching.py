@@ -133,18 +133,26 @@ class Teacher:
             )
 
     def require_finite(self, compared: Compared, rows: Sequence[Row], batch: Batch) -> None:
-        """Raise ModelError, naming the row, where the teacher's log-probabilities are not finite."""
-        bad = ~compared.teacher_logp.isfinite()
+        """Raise ModelError, naming the row, where what the teacher says is not finite, or cannot be compared with."""
+        known = compared.teacher_logp.isfinite()
+        bad = ~known | (compared.logp.isfinite() & ~compared.divergence.isfinite())
         if not bad.any():
             return
-        trace, found = int(compared.trace[bad][0]), compared.teacher_logp[bad][0].item()
-        sides = zip(batch.chosen.tolist(), batch.rollout.tolist(), strict=True)
+        at = int(bad.nonzero()[0])
+        trace, sides = int(compared.trace[at]), zip(batch.chosen.tolist(), batch.rollout.tolist(), strict=True)
         row = next((row for row, side in zip(rows, sides, strict=True) if trace in side), rows[0])
+        if known[at]:
+            raise ModelError(
+                f"expected a finite divergence from the teacher {self.options.model}, found "
+                f"{compared.divergence[at].item()} for {row.name}; it may hold a token for impossible (a logit of "
+                f"-inf), which not every divergence of {type_name(type(self.objective))} can follow: reverse KL cannot"
+            )
         dtype = next(self.model.parameters()).dtype
         raise ModelError(
-            f"expected finite log-probabilities of the teacher {self.options.model}, found {found} for {row.name}; "
-            f"its numbers are of type {str(dtype).removeprefix('torch.')}: set teacher.scorer_dtype to bfloat16 or "
-            "float32, which hold larger ones, or look for broken weights"
+            f"expected finite log-probabilities of the teacher {self.options.model}, found "
+            f"{compared.teacher_logp[at].item()} for {row.name}; its numbers are of type "
+            f"{str(dtype).removeprefix('torch.')}: set teacher.scorer_dtype to bfloat16 or float32, which hold larger "
+            "ones, or look for broken weights"
         )
 
     def _spans(self, rows: Sequence[Row], batch: Batch, own: Batch) -> tuple[Tensor, Spans, Spans]:

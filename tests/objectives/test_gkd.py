@@ -48,6 +48,18 @@ def test_zero_only_for_the_same_distributions(beta: float) -> None:
     assert (jensen_shannon(one, other, beta) > 0).all()
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_what_the_teacher_holds_for_impossible_is_nothing_to_follow(beta: float) -> None:
+    logits = torch.zeros(1, 3, requires_grad=True)
+    teacher = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    found = jensen_shannon(logits.log_softmax(-1), teacher, beta)
+    almost = jensen_shannon(logits.log_softmax(-1), teacher.clamp(min=-80), beta)
+    assert found.item() == pytest.approx(almost.item())
+    found.sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+    assert jensen_shannon(logits.log_softmax(-1), teacher, 1.0).item() == float("inf")
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_gradients_are_those_of_finite_differences(beta: float) -> None:
     logits = torch.randn(3, 5, dtype=torch.float64, generator=torch.manual_seed(2), requires_grad=True)

@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
-from orpo_distill.additions import check_teachers
+from orpo_distill.additions import check_ahead
 from orpo_distill.compare.cells import Block, Cell, Design, stages_of
 from orpo_distill.compare.results import Result, Search, evaluation_of, training, write_comparison
 from orpo_distill.compare.tables import render_markdown
@@ -90,7 +90,7 @@ def _check_teachers(design: Design) -> None:
     for block in design.blocks:
         for method in design.trained_methods():
             rate = block.config.train.learning_rate
-            check_teachers(stages_of(design.trained(block, method, block.config.seed, rate, "epochs")))
+            check_ahead(stages_of(design.trained(block, method, block.config.seed, rate, "epochs")))
 
 
 def _search(runner: Runner, block: Block) -> list[Search]:

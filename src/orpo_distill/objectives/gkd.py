@@ -75,5 +75,10 @@ def jensen_shannon(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 
 
 def divergence_from(one: Tensor, other: Tensor) -> Tensor:
-    """KL(one || other), (P,), of distributions given as log-probabilities (P, V), in nats."""
-    return (one.exp() * (one - other)).sum(-1)
+    """KL(one || other), (P,), of distributions given as log-probabilities (P, V), in nats.
+
+    An entry that `one` holds for impossible (-inf) counts as 0, the limit of p log p.
+    """
+    import torch
+
+    return (one.exp() * (one.clamp(min=torch.finfo(one.dtype).min) - other)).sum(-1)
