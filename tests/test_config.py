@@ -52,6 +52,7 @@ def test_an_override_reaches_into_a_component_named_by_a_word(smallest: Path) ->
         (["pairs.ph=0.5"], ["pairs.ph: unknown key; did you mean 'phi'?"]),
         (["taks=gsm8k"], ["taks: unknown key; did you mean 'task'?"]),
         (["task={type: gsm8k, promt: x}"], ["task.promt: unknown key; did you mean 'prompt'?"]),
+        (["objective.weight=1", "objective.type=gkd"], ["objective.weight: unknown key of gkd, which has beta, "]),
         (["task=gsm9k"], ["did you mean 'gsm8k'"]),
         (["train.learning_rate=-1", "rounds=0"], ["train.learning_rate", "rounds"]),
         (["pairs.phi=[0.5, 0.5]"], ["one value a round (5)", "found [0.5, 0.5]"]),

@@ -162,6 +162,12 @@ def test_a_judge_that_is_not_there_is_refused_before_anything_is_sampled(tmp_pat
     assert not (config.run_dir / "problems").exists()
 
 
+def test_a_teacher_whose_texts_are_all_empty_is_not_told_to_be_right(tmp_path: Path) -> None:
+    silent = {"model": "script", "samples": 2, "sampler": {"type": "scripted", "default": ["", " "]}}
+    with pytest.raises(DataError, match=r"expected a teacher trace that .* \(16 unparseable\); see why its texts"):
+        run(config_of(tmp_path, teacher=silent))
+
+
 @pytest.mark.slow
 def test_killed_in_the_judges_stages_it_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     path = open_ended(tmp_path, judge={**judge(), "sampler": {**judge()["sampler"], "delay": 0.02}})

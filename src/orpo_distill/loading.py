@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from orpo_distill.component import Component, component_class
+from orpo_distill.component import Component, component_class, type_name
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
 
@@ -117,9 +117,7 @@ def _explain(error: Any, model: type[BaseModel], data: Any) -> str:
     location = [str(part) for part in error["loc"]]
     where = ".".join(location)
     if error["type"] == "extra_forbidden":
-        near = get_close_matches(location[-1], _known_keys(model, location[:-1], data), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{where}: unknown key{hint}"
+        return f"{where}: unknown key{_near(model, location, data)}"
     if error["type"] == "missing":
         return f"{where}: expected {_wanted(model, location, data)}, found none; add it"
     message = error["msg"].removeprefix("Value error, ")
@@ -147,10 +145,16 @@ def _wanted(model: type[BaseModel], location: Sequence[str], data: Any) -> str:
     return "a value"
 
 
-def _known_keys(model: type[BaseModel], location: Sequence[str], data: Any) -> list[str]:
-    """The keys that are known at a place of the settings."""
-    found = _model_at(model, location, data)
-    return list(found.model_fields) if found else []
+def _near(model: type[BaseModel], location: Sequence[str], data: Any) -> str:
+    """What a user may have meant by a key that is unknown: one like it, or, of a component, one of another type."""
+    found = _model_at(model, location[:-1], data)
+    keys = list(found.model_fields) if found else []
+    if near := get_close_matches(location[-1], keys, n=1):
+        return f"; did you mean {near[0]!r}?"
+    if found is None or not issubclass(found, Component) or len(location) == 1:
+        return ""
+    name, place = type_name(found), ".".join(location[:-1])
+    return f" of {name}, which has {', '.join(keys) or 'none'}; {place}=TYPE takes another type and drops these keys"
 
 
 def _field(model: type[BaseModel], location: Sequence[str], data: Any) -> FieldInfo | None:

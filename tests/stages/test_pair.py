@@ -29,6 +29,7 @@ from orpo_distill.records import (
 from orpo_distill.stages.pair import PairOptions, pair, pair_indices
 from orpo_distill.tasks import Task
 from orpo_distill.verifiers import Verifier
+from orpo_distill.verifiers.exact import Exact
 
 OUTCOMES = {"c": Outcome.CORRECT, "w": Outcome.WRONG, "u": Outcome.UNPARSEABLE, "a": Outcome.AMBIGUOUS}
 OUTCOMES |= {"t": Outcome.TRUNCATED, "f": Outcome.FAILED}
@@ -45,7 +46,7 @@ class Plain(Task):
         return (Message("user", problem.question),)
 
     def judge(self) -> Verifier:
-        raise NotImplementedError
+        return Exact()
 
 
 @pytest.fixture(scope="module")

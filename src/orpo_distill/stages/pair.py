@@ -269,6 +269,7 @@ _ADVICE = {
     "too_long": "raise train.max_length or pairs.max_response_tokens",
     "too_short": "lower pairs.min_response_tokens",
 }
+_EMPTY = "see why its texts are empty: look at the {role}'s chat template and decoding.stop"
 
 
 def _check(options: PairOptions, tally: Tally) -> None:
@@ -280,15 +281,17 @@ def _check(options: PairOptions, tally: Tally) -> None:
             f"expected prompts shorter than train.max_length ({options.max_length} tokens), found that all "
             f"{tally.problems} are longer; raise train.max_length"
         )
-    negatives = options.negatives_from
-    for side, role, kind in (("chosen", "teacher", "correct teacher"), ("rejected", negatives, f"wrong {negatives}")):
+    negatives, by_role = options.negatives_from, options.task.open_ended
+    advices = {**_ADVICE, "unparseable": _EMPTY} if by_role else _ADVICE
+    right, wrong = ("teacher", negatives) if by_role else ("correct teacher", f"wrong {negatives}")
+    for side, role, kind in (("chosen", "teacher", right), ("rejected", negatives, wrong)):
         if not tally.kept[side]:
             reasons = tally.reasons(side)
             found = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "no traces"
-            advice = _ADVICE.get(next(iter(reasons), ""), "sample again").format(role=role)
+            advice = advices.get(next(iter(reasons), ""), "sample again").format(role=role)
             raise DataError(f"expected a {kind} trace that can be trained on, found none ({found}); {advice}")
     missing = ", ".join(f"{count} {reason}" for reason, count in tally.reasons("problem").items())
     raise DataError(
-        f"expected a problem with both a correct teacher trace and a wrong {negatives} trace, found none among "
+        f"expected a problem with both a {right} trace and a {wrong} trace, found none among "
         f"{tally.problems} ({missing}); sample more problems or more traces a problem"
     )
