@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text("".join(lines), encoding="utf-8")
     except (OrpoDistillError, OSError) as error:
-        parser.exit(1, f"{error}\n")
+        say(f"error: {error}")
+        return 1
     say(f"{options.out}: {len(lines)} traces")
     return 0
 

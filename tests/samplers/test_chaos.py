@@ -83,7 +83,7 @@ def test_two_runs_share_what_either_buys(tmp_path: Path, several: bool | None) -
     assert not books.unknown()
     for name in ("forwards", "backwards"):
         check_traces(books, traces(tmp_path, name), 60, 4)
-        assert sum(attempt.account == name for attempt in books.attempts) > 10
+        assert any(attempt.account == name for attempt in books.attempts)
 
 
 def test_a_run_takes_over_from_one_that_was_killed(tmp_path: Path) -> None:
