@@ -11,6 +11,7 @@ from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
 from orpo_distill.loading import parse_config
 from orpo_distill.objectives.dpo import Dpo
+from orpo_distill.objectives.mallows_orpo import MallowsOrpo
 from orpo_distill.objectives.orpo import Orpo
 from orpo_distill.objectives.sft import Sft
 from orpo_distill.objectives.sppo import Sppo
@@ -75,6 +76,13 @@ def test_expo_is_mixed_moved_on() -> None:
     assert expo.extrapolate is not None and expo.model_copy(update={"extrapolate": None}) == mixed
     own = config(extrapolate={"alpha": [0.2]}, pairs={"phi": 0})
     assert configured(own, "orpo-expo") == configured(own, "orpo-mixed")
+
+
+def test_mallows_orpo_is_off_with_another_weight() -> None:
+    base = config(objective={"type": "orpo", "weight": 0.3})
+    off, found = (configured(base, name) for name in ("orpo-off", "mallows-orpo"))
+    assert found.objective == MallowsOrpo(weight=0.3)
+    assert found.model_copy(update={"objective": off.objective}) == off
 
 
 def test_options_of_one_name_and_two_meanings_are_not_taken_over() -> None:

@@ -75,6 +75,10 @@ METHODS: Mapping[str, Method] = {
         "orpo-mixed, its student moved on along what training changed (ExPO, alpha chosen on validation)",
         {**AGAINST_STUDENT, "extrapolate": {}},
     ),
+    "mallows-orpo": Method(
+        "orpo-off, its weight scaled by how sure the initial student is of the two texts",
+        {"objective": "mallows_orpo", **FROM_STUDENT, "pairs.phi": 0.0},
+    ),
     "dpo": Method(
         "dDPO: DPO on the rows of orpo-off, after an epoch of likelihood that is also its reference",
         {"objective": "dpo", **AFTER_SFT},
@@ -110,7 +114,7 @@ METHODS: Mapping[str, Method] = {
 }
 RELATIVES = ("dpo", "dpo-nll", "flex-dpo", "mallows-dpo", "sppo", "dadpo")
 WHITE_BOX = ("uld", "gkd", "minillm")
-EXTRA = ("orpo-student-negatives", "orpo-adaptive", "orpo-expo", *RELATIVES, *WHITE_BOX)
+EXTRA = ("orpo-student-negatives", "orpo-adaptive", "orpo-expo", "mallows-orpo", *RELATIVES, *WHITE_BOX)
 """Not in the default list: what comes with another, or is not the paper's."""
 DEFAULT = tuple(name for name in METHODS if name not in EXTRA)
 PRIMARY = (
@@ -129,6 +133,7 @@ EXPLORATORY = (
     ("orpo-mixed", "zero-shot"),
     ("orpo-adaptive", "orpo-mixed"),
     ("orpo-expo", "orpo-mixed"),
+    ("mallows-orpo", "orpo-off"),
     ("dpo", "orpo-off"),
     ("dadpo", "dpo"),
     *((name, "diverse-cot") for name in (*RELATIVES, *WHITE_BOX)),
