@@ -119,6 +119,7 @@ def test_cells_say_what_they_cost(tmp_path: Path) -> None:
     expected = {"n": N, "correct": 1, "steps": 3, "trained_tokens": 70, "sampled_tokens": 22, "seconds": 5.0}
     assert expected.items() <= cell.items()
     assert cell["scored_tokens"] == 0
+    assert cell["right"] == "4" + 24 * "0"  # problems 0 to 99, of which only 1
     assert (tmp_path / "demo-compare" / cell["run"]).is_dir()
 
 

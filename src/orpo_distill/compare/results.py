@@ -7,7 +7,7 @@ Differences are paired: the same problems, and for every seed both methods. How 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -95,6 +95,7 @@ class Result:
             "seed": cell.seed,
             "budget": cell.budget,
             **{key: test[key] for key in keys},
+            "right": _bits(self.right.values()),
             "learning_rate": cell.config.train.learning_rate if cell.trains else None,
             **self._cost(),
             "warnings": self._warnings(),
@@ -130,6 +131,12 @@ class Result:
             "scored_tokens": scored + sum(each.get("teacher_tokens", 0) for each in trained),
             "seconds": round(seconds, 1),
         }
+
+
+def _bits(values: Iterable[bool]) -> str:
+    """A bit a problem, in the order of the problems, as hexadecimal digits; the last digit is filled up with zeros."""
+    bits = "".join("01"[value] for value in values)
+    return "".join(f"{int(bits[start : start + 4].ljust(4, '0'), 2):x}" for start in range(0, len(bits), 4))
 
 
 def evaluation_of(cell: Cell) -> Path:
