@@ -34,6 +34,18 @@ def test_only_four_settings_are_needed_and_the_paper_is_the_default(smallest: Pa
     assert config.objective.weight == 1.0
 
 
+def test_students_and_judges_are_read_greedily_unless_the_config_says_otherwise(smallest: Path) -> None:
+    config = load_config(
+        smallest, ["evaluate.decoding.max_new_tokens=9", "task={type: jsonl, path: x, verifier: role}"]
+    )
+    assert (config.evaluate.decoding.temperature, config.evaluate.decoding.max_new_tokens) == (0, 9)
+    judged = load_config(
+        smallest, ["task={type: jsonl, path: x, verifier: role}", "judge={model: m, decoding: {top_k: 5}}"]
+    )
+    assert judged.judge is not None and judged.judge.decoding.temperature == 0
+    assert load_config(smallest, ["student.decoding.max_new_tokens=9"]).student.decoding.temperature == 0.8
+
+
 @pytest.mark.parametrize(
     ("override", "value"),
     [("train.learning_rate=1e-5", 1e-5), ("train.learning_rate=2.0e-5", 2e-5), ("train.learning_rate=1", 1.0)],
@@ -54,6 +66,7 @@ def test_an_override_reaches_into_a_component_named_by_a_word(smallest: Path) ->
         (["task={type: gsm8k, promt: x}"], ["task.promt: unknown key; did you mean 'prompt'?"]),
         (["objective.weight=1", "objective.type=gkd"], ["objective.weight: unknown key of gkd, which has beta, "]),
         (["task=gsm9k"], ["did you mean 'gsm8k'"]),
+        (["evaluate.test=false", "evaluate.teacher=true", "problems.validation=val"], ["evaluate.test: true beside"]),
         (["train.learning_rate=-1", "rounds=0"], ["train.learning_rate", "rounds"]),
         (["pairs.phi=[0.5, 0.5]"], ["one value a round (5)", "found [0.5, 0.5]"]),
         (["pairs.phi=[0.5, 0.5, 1, 1, 1]"], ["the first 0"]),

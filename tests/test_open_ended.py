@@ -261,6 +261,7 @@ def test_check_knows_the_judges_stages_and_its_missing_checkpoint(tmp_path: Path
     config = config_of(tmp_path)
     sizes = dict(plan_table(config)[0])
     assert sizes["round-1/pairs"] == "at most 16 pairs judged, each in both orders"
+    assert sizes["baseline"] == "4 answers on test and 2 answers on validation"
     assert sizes["round-1/judged"] == "8 pairs of answers judged, each in both orders"
     assert "The answer is" not in rendered(config, 1)
     with pytest.raises(ConfigError, match=r"judge\.model: expected"):

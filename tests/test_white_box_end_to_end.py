@@ -15,7 +15,7 @@ from orpo_distill.compare.running import compare
 from orpo_distill.errors import ConfigError, ModelError
 from orpo_distill.experiment import run
 from orpo_distill.loading import load_config
-from orpo_distill.pilot import seconds_a_pair
+from orpo_distill.pilot import pilot, seconds_a_pair
 from orpo_distill.preview import plan_table
 from tests.checkpoints import save_tiny_checkpoint
 from tests.test_end_to_end import COMMAND, cli, experiment
@@ -46,7 +46,9 @@ def test_another_vocabulary_is_refused_before_anything_is_made(tmp_path: Path) -
     message = "expected a teacher with the student's vocabulary for gkd, found that 3 tokens differ"
     with pytest.raises(ConfigError, match=message):
         run(config)
-    assert not (tmp_path / "runs/demo/problems").exists()
+    with pytest.raises(ConfigError, match=message):
+        pilot(config, 2)
+    assert [path.name for path in (tmp_path / "runs/demo").iterdir()] == [".lock"]
     with pytest.raises(ConfigError, match=message):
         plan_table(config)
     asked = Wanted("orpo-off,gkd", seeds=1, learning_rates="1e-3", name="both")

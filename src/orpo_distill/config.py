@@ -26,7 +26,7 @@ from orpo_distill.mixing import PHI_FORMS, AdaptivePhi, PhiSetting, PhiUnit
 from orpo_distill.models import Dtype
 from orpo_distill.objectives import INPUTS, Objective
 from orpo_distill.priming import PRIMINGS, Priming
-from orpo_distill.samplers import Decoding, Sampler
+from orpo_distill.samplers import Decoding, Greedy, Sampler
 from orpo_distill.samplers.hf import HF
 from orpo_distill.samplers.openai import OpenAI
 from orpo_distill.samplers.vllm import VLLM
@@ -222,7 +222,7 @@ class VerifySection(Options):
 class EvaluateSection(Options):
     """How every student is measured: on test, and on validation where the task has it."""
 
-    decoding: Decoding = Decoding(temperature=0.0)
+    decoding: Greedy = Decoding(temperature=0.0)
     limit: PositiveInt | None = None  # test problems
     validation_limit: PositiveInt | None = None
     test: bool = True  # false: leave the test problems alone, as long as settings are searched on validation
@@ -299,6 +299,8 @@ class Config(Options):
             )
         if not self.evaluate.test and self.problems.validation is None:
             raise ValueError("expected problems.validation beside evaluate.test: false, found null: nothing to measure")
+        if not self.evaluate.test and self.evaluate.teacher:
+            raise ValueError("expected evaluate.test: true beside evaluate.teacher, measured there, found false")
         if self.pairs.matched and phi != 0:
             raise ValueError(f"expected pairs.phi: 0 beside pairs.matched, found {phi!r}")
         if isinstance(phi, AdaptivePhi) and self.rounds < 3:

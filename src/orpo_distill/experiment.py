@@ -35,9 +35,9 @@ def run(config: Config, until: str | None = None, redo: Sequence[str] = (), keep
     folder = RunFolder(config.run_dir)
     with disk_errors_explained(folder.path), folder.lock():
         refuse_stale(stages, folder, redo, keep)
+        check_ahead(stage for stage in stages if not folder.finished(stage.name))
         write_text(folder.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         write_text(folder.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
-        check_ahead(stage for stage in stages if not folder.finished(stage.name))
         execute(stages, folder, _Timed(Launcher(config.launch), folder), redo, keep)
         if folder.shares:
             _collect_times(stages, folder)

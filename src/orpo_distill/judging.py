@@ -14,7 +14,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 
 from orpo_distill.component import Options
 from orpo_distill.records import FinishReason, Message, Preference, Problem, Said, Trace, derive_seed
-from orpo_distill.samplers import Decoding, Request, Sampler
+from orpo_distill.samplers import Decoding, Greedy, Request, Sampler
 
 RUBRIC = (
     "The better answer helps the person who asked more: it is right, answers the whole question, is clear, and is no "
@@ -49,7 +49,7 @@ class Judge(Options):
 
     model: str
     sampler: SerializeAsAny[Sampler] = Field(default="hf", validate_default=True)
-    decoding: Decoding = Decoding(temperature=0.0)
+    decoding: Greedy = Decoding(temperature=0.0)
     rubric: str = RUBRIC
     prompt: str = PROMPT  # must have it answer [[A]], [[B]] or [[C]]
     pairs: bool = True  # decides which text of a pair is preferred, too; false: pairs are by role

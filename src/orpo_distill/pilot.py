@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orpo_distill.additions import teacher_in_training
+from orpo_distill.additions import check_ahead, teacher_in_training
 from orpo_distill.config import Config
 from orpo_distill.experiment import run
 from orpo_distill.given import SOURCES, nothing_known, with_given
@@ -21,6 +21,7 @@ from orpo_distill.groups import Row, default_steps, tokenize
 from orpo_distill.mixing import foreseen_phi
 from orpo_distill.models import load_model, load_tokenizer, pick_device
 from orpo_distill.packing import collate, micro_batches
+from orpo_distill.plan import plan
 from orpo_distill.progress import say
 from orpo_distill.records import Pair, read_jsonl
 from orpo_distill.runs import RunFolder, read_manifest
@@ -30,7 +31,8 @@ MOST_TIMED = 4  # micro-batches
 
 
 def pilot(config: Config, count: int, redo: Sequence[str] = (), keep: Sequence[str] = ()) -> str:
-    """Run up to round 1's pairs on `count` problems. Returns the forecast in words."""
+    """Run up to round 1's pairs on `count` problems, for what can go on from there. Returns the forecast in words."""
+    check_ahead(plan(config))
     limit = config.problems.limit
     problems = config.problems.model_copy(update={"limit": _pilot_limit(config, count)})
     folder = run(config.model_copy(update={"problems": problems}), "round-1/pairs", redo, keep)

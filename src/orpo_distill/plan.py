@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from orpo_distill.additions import (
     CHOSEN,
+    SCORER,
     adapted_phi,
     chosen,
     extrapolated,
@@ -392,4 +393,6 @@ def select(stages: list[Stage], until: str) -> list[Stage]:
         name = queue.pop()
         wanted.add(name)
         queue += [source for source in by_name[name].inputs.values() if source not in wanted]
+    if "teacher" in wanted:  # its server is asked whether it scores before it is asked for texts
+        wanted.add(SCORER)
     return [stage for stage in stages if stage.name in wanted]

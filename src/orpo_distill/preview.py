@@ -20,6 +20,7 @@ from orpo_distill.runs import Stage
 from orpo_distill.samplers.hf import HF
 from orpo_distill.samplers.vllm import VLLM
 from orpo_distill.sampling import with_prefix
+from orpo_distill.stages.evaluate import EvaluateOptions
 from orpo_distill.stages.judge import JudgeAnswersOptions
 from orpo_distill.stages.problems import ProblemsOptions, said_dropped
 from orpo_distill.stages.problems import problems as make_problems
@@ -39,6 +40,7 @@ class Counts:
 
     train: int | None
     test: int | None
+    validation: int | None
     dropped: str = ""  # in words
 
 
@@ -124,8 +126,12 @@ def _checked_counts(config: Config, missing: list[str]) -> Counts:
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     if counts is None:
-        return Counts(config.problems.limit, config.evaluate.limit)
-    return Counts(counts["train"], _capped(counts["test"], config.evaluate.limit), said_dropped(counts["dropped"]))
+        return Counts(config.problems.limit, config.evaluate.limit, config.evaluate.validation_limit)
+    test, validation = (
+        _capped(counts[split], limit)
+        for split, limit in (("test", config.evaluate.limit), ("validation", config.evaluate.validation_limit))
+    )
+    return Counts(counts["train"], test, validation, said_dropped(counts["dropped"]))
 
 
 def _count(config: Config) -> dict[str, Any]:
@@ -174,8 +180,9 @@ def _size(stage: Stage, config: Config, counts: Counts) -> str:
         return f"{rounds * steps} steps" if steps else "steps as round 1's pairs give"
     if kind == "mechanisms":
         return f"negatives of at most {config.mechanisms.problems} problems scored a round"
-    if kind == "evaluate":
-        return f"{_times(test, 1)} answers"
+    if isinstance(stage.options, EvaluateOptions):
+        measured = {"test": test, "validation": counts.validation}
+        return " and ".join(f"{_times(measured[split], 1)} answers on {split}" for split in stage.options.limits)
     if kind == "judge_pairs":
         return f"at most {_times(train, config.pairs.per_problem)} pairs judged, each in both orders"
     if isinstance(stage.options, JudgeAnswersOptions):

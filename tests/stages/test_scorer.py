@@ -21,7 +21,7 @@ from orpo_distill.models import load_tokenizer
 from orpo_distill.objectives import ScoredGroups
 from orpo_distill.page.costs import costs
 from orpo_distill.page.files import RunFiles
-from orpo_distill.plan import plan
+from orpo_distill.plan import plan, select
 from orpo_distill.records import Message, Pair, Score, read_jsonl
 from orpo_distill.runs import read_manifest
 from orpo_distill.samplers.openai import OpenAI
@@ -199,6 +199,7 @@ def test_a_server_that_cannot_is_found_out_before_anything_is_bought(teacher: Pa
     assert ("round-1/teacher-scores: calls", "one for each new text of the pairs", "192") in forecast(config)
     names = [stage.name for stage in plan(config)]
     assert names.index("teacher-scorer") < names.index("teacher")
+    assert "teacher-scorer" in [stage.name for stage in select(plan(config), "round-1/pairs")]  # a pilot
     texts_alone = config.model_copy(update={"objective": load_config(experiment(tmp_path / "orpo")).objective})
     assert "teacher-scorer" not in [stage.name for stage in plan(texts_alone)]
 

@@ -7,13 +7,13 @@ gives a `Generate` function. The stage that calls it decides what to ask, and re
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from orpo_distill.component import Component, Options
 from orpo_distill.records import FinishReason, Message
@@ -50,6 +50,13 @@ class Decoding(Options):
     max_new_tokens: int = Field(512, ge=1)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # texts that end a sample; they are cut off
 
+
+def _greedy(value: Any) -> Any:
+    return {"temperature": 0.0, **value} if isinstance(value, Mapping) else value
+
+
+Greedy = Annotated[Decoding, BeforeValidator(_greedy)]
+"""A decoding in a config whose temperature is 0 where it is not said."""
 
 Generate = Callable[[Iterable[Request], Decoding], Iterator[Completion]]
 """Requests in, completions out in any order. A request that fails yields a completion with `error`."""
