@@ -35,14 +35,10 @@ def test_only_four_settings_are_needed_and_the_paper_is_the_default(smallest: Pa
 
 
 def test_students_and_judges_are_read_greedily_unless_the_config_says_otherwise(smallest: Path) -> None:
-    config = load_config(
-        smallest, ["evaluate.decoding.max_new_tokens=9", "task={type: jsonl, path: x, verifier: role}"]
-    )
-    assert (config.evaluate.decoding.temperature, config.evaluate.decoding.max_new_tokens) == (0, 9)
-    judged = load_config(
-        smallest, ["task={type: jsonl, path: x, verifier: role}", "judge={model: m, decoding: {top_k: 5}}"]
-    )
-    assert judged.judge is not None and judged.judge.decoding.temperature == 0
+    short, role = "decoding: {max_new_tokens: 9}", "task={type: jsonl, path: x, verifier: role}"
+    config = load_config(smallest, [role, f"judge={{model: m, {short}}}", f"evaluate={{{short}}}"])
+    assert config.judge is not None
+    assert config.evaluate.decoding == config.judge.decoding == Decoding(temperature=0, max_new_tokens=9)
     assert load_config(smallest, ["student.decoding.max_new_tokens=9"]).student.decoding.temperature == 0.8
 
 
