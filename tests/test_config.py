@@ -7,6 +7,7 @@ import pytest
 from orpo_distill.errors import ConfigError
 from orpo_distill.loading import load_config
 from orpo_distill.plan import plan
+from orpo_distill.samplers import Decoding
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = "name: small\ntask: gsm8k\nteacher: {model: big}\nstudent: {model: little}\n"
