@@ -128,7 +128,7 @@ def compare(
         str, typer.Option(help="epochs: as many for all; tokens: as many trained tokens")
     ] = "epochs,tokens",
     learning_rates: Annotated[
-        str | None, typer.Option(help="to choose from on validation; default: x 0.5, 1, 2")
+        str | None, typer.Option(help="to choose from on validation; default: multiples of the config's")
     ] = None,
     name: Annotated[str | None, typer.Option(help="folder below runs/; default: CONFIG's name and -compare")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time, each with its share of the devices")] = 1,
@@ -234,7 +234,7 @@ def report(
 
 @app.command()
 def quickstart(overrides: Overrides = None, redo: Redo = None, keep: Keep = None, ledger: LedgerPath = None) -> None:
-    """Run the whole job on the embedded tiny teacher and student (about 1 minute on 2 CPU cores)."""
+    """Run the whole job on the embedded tiny teacher and student (1 to 2 minutes on 2 CPU cores)."""
     settings = _config("quickstart", _with_ledger(overrides, ledger))
     _print_results(run_experiment(settings, None, redo or (), keep or ()))
 

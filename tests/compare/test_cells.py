@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orpo_distill.compare.cells import Design, Wanted, design_of
+from orpo_distill.compare.results import _notes
 from orpo_distill.errors import ConfigError
 from tests.compare.test_methods import config
 
@@ -21,7 +22,10 @@ def test_every_run_has_a_name_of_its_own() -> None:
         "pairs.phi=0,0.5",
     )
     block = design.blocks[0]
-    names = [design.trained(block, method, 0, 1e-3, "epochs").config.name for method in design.trained_methods()]
+    names = [
+        design.trained(block, method, 0, 1e-3, "epochs").config.name
+        for method in design.trained_methods(design.blocks[0])
+    ]
     assert len(set(names)) == len(names) == 8
     assert all(len(name) < 200 for name in names)
     assert "pairs.phi-0.5-epochs-s0" in names
@@ -35,6 +39,10 @@ def test_every_run_has_a_name_of_its_own() -> None:
         "seed=1,2",
         "traces_seed=1,2",
         "evaluate.limit=10,20",
+        "problems.seed=0,1",
+        "problems={seed: 0},{seed: 1}",
+        "task.path=a,b",
+        "task=gsm8k,strategyqa",
         "evaluate={test: true},{limit: 5}",
         "name=a,b",
     ],
@@ -42,6 +50,15 @@ def test_every_run_has_a_name_of_its_own() -> None:
 def test_what_a_comparison_decides_itself_cannot_be_swept(sweep: str) -> None:
     with pytest.raises(ConfigError, match="compare leaves alone"):
         designed(sweep)
+
+
+def test_a_method_is_left_out_only_where_it_is_undefined() -> None:
+    """One trace a problem is single-cot."""
+    one = config(name="one", teacher={"model": "big", "samples": 1})
+    design = design_of([config(name="many"), one], Wanted("single-cot,diverse-cot"))
+    assert [design.trained_methods(block) for block in design.blocks] == [["single-cot", "diverse-cot"], ["single-cot"]]
+    assert any(note.startswith("diverse-cot is left out of one:") for note in _notes(design, {}))
+    assert [note for note in _notes(design_of([one], Wanted("single-cot,diverse-cot")), {}) if "left out: one" in note]
 
 
 def test_a_setting_is_swept_once() -> None:
@@ -82,7 +99,7 @@ def test_losses_on_log_ratios_try_lower_learning_rates() -> None:
     methods = Wanted("orpo-off,dpo,dadpo,minillm,zero-shot")
     base = config(train={"learning_rate": 1e-3})
     design = design_of([base], methods)
-    rates = {method: design.rates_of(design.blocks[0], method) for method in design.trained_methods()}
+    rates = {method: design.rates_of(design.blocks[0], method) for method in design.trained_methods(design.blocks[0])}
     usual, low = (5e-4, 1e-3, 2e-3), (1e-5, 3e-5, 1e-4)
     assert rates == {"orpo-off": usual, "dpo": low, "dadpo": low, "minillm": usual}
     own = design_of([config(objective="dpo", train={"learning_rate": 1e-6})], methods)

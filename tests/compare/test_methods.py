@@ -109,8 +109,8 @@ def test_the_teachers_negatives_bring_their_counterpart() -> None:
 
 def test_one_trace_a_problem_leaves_no_diversity() -> None:
     single = config(teacher={"model": "gold", "samples": 1})
-    assert parse_methods("single-cot,diverse-cot", [config(), single]) == ["single-cot"]
-    assert parse_methods("diverse-cot", [config(pairs={"traces": 1})]) == []
+    assert parse_methods("single-cot,diverse-cot", [single]) == ["single-cot"]
+    assert parse_methods("diverse-cot", [config(pairs={"traces": 1}), config(pairs={"max_chosen": 1})]) == []
 
 
 def test_an_unknown_method_is_named_with_a_guess() -> None:

@@ -140,7 +140,7 @@ def test_equal_tokens_leave_fewer_steps_after_a_warm_up(tmp_path: Path, warmup: 
     done = {name: design.trained(design.blocks[0], name, 0, 1e-3, "epochs") for name in ("orpo-off", "dpo")}
     for cell in done.values():
         for number in (1, 2):
-            counted(cell, f"round-{number}/train", steps=10, tokens=1000)
+            counted(cell, f"round-{number}/train", steps=10, tokens=1000, pairs=320)
     counted(done["dpo"], "warmup/train", tokens=warmup)
     off, dpo = _equal_tokens(design, done, 0)
     assert off.config.train.steps_per_round is None
@@ -156,6 +156,16 @@ def test_a_sweep_of_k_counts_the_texts_that_are_used(tmp_path: Path) -> None:
         traces = [Trace(f"{p}{i}", p, policy, i, "x", completion_tokens=4) for p in "ab" for i in range(3)]
         write_jsonl(cell.config.run_dir / policy / "traces.jsonl", traces)
     assert result.row(design.folder)["sampled_tokens"] == 2 * 2 * 2 * 4
+
+
+def test_equal_tokens_know_that_the_steps_of_an_epoch_are_not_full(tmp_path: Path) -> None:
+    """33 rows of 10 tokens are an epoch of 2 steps; 3,300 tokens are 330 rows: 10 full steps of 32, not 20."""
+    design = designed(tmp_path, methods="orpo-off,single-cot", seeds=1)
+    done = {name: design.trained(design.blocks[0], name, 0, 1e-3, "epochs") for name in ("orpo-off", "single-cot")}
+    counted(done["orpo-off"], "round-1/train", steps=20, tokens=3300, pairs=640)
+    counted(done["single-cot"], "round-1/train", steps=2, tokens=330, pairs=33)
+    steps = {cell.method: cell.config.train.steps_per_round for cell in _equal_tokens(design, done, 0)}
+    assert steps == {"orpo-off": None, "single-cot": 10}
 
 
 @pytest.mark.parametrize(("alpha", "stage"), [(0.3, "extrapolate/0.3/evaluate"), (0, "round-1/evaluate")])

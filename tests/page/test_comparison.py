@@ -74,6 +74,8 @@ CONTENT = {
             "low": 0.1,
             "high": 0.5,
             "p": 0.004,
+            "interval": "t over seeds",
+            "weak": True,
         }
     ],
 }
@@ -85,7 +87,7 @@ def test_every_seed_and_the_mean_stand_in_the_table() -> None:
     assert row[2:5] == ["75.0% (68.0% to 82.0%)", "80.0% (73.0% to 87.0%)", "77.5%"]
     assert seen.row("orpo-on", "epochs")[3] == "–"
     assert seen.row("orpo-off", "toy, tiny", "0", "80.0%, chosen", "40.0%")
-    assert seen.row("pairs.phi")[-1] == "0.004"
+    assert seen.row("pairs.phi")[-2:] == ["0.004", "t over seeds (weak)"]
     assert seen.row("orpo-mixed", "toy, tiny, epochs", "2", "0.001", "500", "5,000", "700", "60 s")
 
 
@@ -108,6 +110,15 @@ def test_without_a_carried_contrast_nobody_is_above_anybody() -> None:
     assert "0 of 3 primary contrasts differ" in seen.text
     assert " above " not in seen.text
     assert "differs" not in seen.text
+
+
+def test_what_runs_warn_of_is_named_once_with_its_runs() -> None:
+    content = copy.deepcopy(CONTENT)
+    assert "What runs warn of" not in Seen(comparison_page(content)).text
+    for each in content["cells"][:2]:
+        each["warnings"] = ["chosen falls while the margin grows: round 1, -1.0 to -1.2"]
+    row = Seen(comparison_page(content)).row("chosen falls while the margin grows")
+    assert row[1:] == ["2", "runs/orpo-mixed-0, runs/orpo-mixed-1"]
 
 
 def test_a_negative_difference_names_the_other_one() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from orpo_distill.additions import CHOSEN
-from orpo_distill.compare.methods import METHODS, Sweep, configured, overlaid, parse_methods, parse_sweep
+from orpo_distill.compare.methods import METHODS, Sweep, configured, most_traces, overlaid, parse_methods, parse_sweep
 from orpo_distill.component import type_name
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
@@ -31,7 +31,10 @@ FIXED = {
     "seed": "; see --seeds",
     "traces_seed": "; see --vary traces",
     "evaluate.limit": "; differences are taken on the same test problems",
-    "problems.test": "; differences are taken on the same test problems",
+    **dict.fromkeys(
+        ("problems.test", "problems.seed", "task.type", "task.path", "task.hub_id", "task.hub_config"),
+        "; differences are taken on the same test problems",
+    ),
     **dict.fromkeys(("evaluate.test", "evaluate.sft", "evaluate.teacher", "train.keep", "name", "runs", "ledger"), ""),
 }
 """Settings that a comparison decides itself, each with where to ask for something like it: they cannot be swept."""
@@ -85,9 +88,11 @@ class Design:
     budgets: tuple[Budget, ...] = ("epochs", "tokens")
     vary_traces: bool = False
 
-    def trained_methods(self) -> list[str]:
-        """All rows that are trained: methods, then values of sweeps."""
-        return [name for name in self.methods if METHODS[name].trains] + self.swept()
+    def trained_methods(self, block: Block) -> list[str]:
+        """All rows of a block that are trained: methods that its data allow, then values of sweeps."""
+        single = most_traces(block.config) == 1
+        own = (name for name in self.methods if METHODS[name].trains)
+        return [name for name in own if not (single and METHODS[name].needs_several_traces)] + self.swept()
 
     def swept(self) -> list[str]:
         """The rows of sweeps, one a value."""
@@ -222,7 +227,7 @@ def design_of(configs: Sequence[Config], wanted: Wanted) -> Design:
         vary_traces=wanted.vary_traces,
     )
     for block in design.blocks:  # every config is made once, so that what is wrong is said now
-        for method in design.trained_methods():
+        for method in design.trained_methods(block):
             design.trained(block, method, block.config.seed, block.config.train.learning_rate, "epochs")
     return design
 

@@ -34,7 +34,7 @@ class Method:
     about: str
     settings: Mapping[str, Any]
     trains: bool = True
-    needs_several_traces: bool = False  # undefined where the teacher has one trace a problem
+    needs_several_traces: bool = False  # undefined where one teacher trace a problem is used
 
 
 METHODS: Mapping[str, Method] = {
@@ -130,6 +130,7 @@ EXPLORATORY = (
     ("diverse-cot", "single-cot"),
     ("orpo-off", "diverse-cot"),
     ("orpo-mixed", "diverse-cot"),
+    ("orpo-on", "diverse-cot"),
     ("orpo-mixed", "zero-shot"),
     ("orpo-adaptive", "orpo-mixed"),
     ("orpo-expo", "orpo-mixed"),
@@ -176,8 +177,8 @@ def parse_sweep(text: str) -> Sweep:
 def parse_methods(text: str, configs: Sequence[Config]) -> list[str]:
     """Method names from a list with commas, in the table's order. Raises ConfigError for an unknown one.
 
-    `orpo-teacher-negatives` brings its counterpart with it. `diverse-cot` is left out where a teacher has one trace a
-    problem.
+    `orpo-teacher-negatives` brings its counterpart with it. `diverse-cot` is left out where all configs use one
+    teacher trace a problem.
     """
     asked = {name.strip() for name in text.split(",") if name.strip()}
     if unknown := sorted(asked - METHODS.keys()):
@@ -186,14 +187,14 @@ def parse_methods(text: str, configs: Sequence[Config]) -> list[str]:
         raise ConfigError(f"expected methods out of {', '.join(METHODS)}, found {unknown[0]!r}{hint}")
     if "orpo-teacher-negatives" in asked:
         asked.add("orpo-student-negatives")
-    single = any(most_traces(config) == 1 for config in configs)
+    single = all(most_traces(config) == 1 for config in configs)
     return [name for name in METHODS if name in asked and not (single and METHODS[name].needs_several_traces)]
 
 
 def most_traces(config: Config) -> int:
-    """How many traces of the teacher a problem can have."""
+    """How many traces of the teacher are trained on a problem, at most."""
     most = config.teacher.max_samples or config.teacher.samples
-    return min(most, config.pairs.traces or most)
+    return min(most, *(limit or most for limit in (config.pairs.traces, config.pairs.max_chosen)))
 
 
 def configured(config: Config, method: str, sweeps: Sequence[Sweep] = ()) -> Config:

@@ -202,7 +202,7 @@ def _notes(design: Design, impossible: Mapping[str, str]) -> Iterator[str]:
             "order of training would do, not how other traces would."
         )
     yield "The problems are fixed: nothing here says how another choice of train problems would do."
-    trained = design.trained_methods()
+    trained = {method: None for block in design.blocks for method in design.trained_methods(block)}
     if trained and design.searches:
         yield (
             "Each method's learning rate was chosen on validation, with the first seed and equal epochs, before test "
@@ -214,8 +214,11 @@ def _notes(design: Design, impossible: Mapping[str, str]) -> Iterator[str]:
             f"Equal tokens: response tokens trained on, warm-up included, within 5% or a step a round of what {whose} "
             "has in epochs."
         )
-    if "diverse-cot" not in design.methods and any(most_traces(block.config) == 1 for block in design.blocks):
-        yield "diverse-cot is left out: the teacher has one trace a problem, so it is single-cot."
+    single = [block.name for block in design.blocks if most_traces(block.config) == 1]
+    everywhere = len(single) == len(design.blocks)
+    if single and everywhere == ("diverse-cot" not in design.methods):
+        where = "" if everywhere else f" of {', '.join(single)}"
+        yield f"diverse-cot is left out{where}: one teacher trace a problem is used, so it is single-cot."
     runs: dict[str, list[str]] = {}
     for name, reason in impossible.items():
         runs.setdefault(reason, []).append(name)

@@ -75,7 +75,9 @@ def compare(design: Design, jobs: int = 1, command: str = "") -> Path:
 
 def _require_validation(design: Design) -> None:
     """Raise ConfigError where learning rates are to be chosen and there is nothing to choose them on."""
-    for block in design.blocks if design.searches and design.trained_methods() else ():
+    for block in design.blocks:
+        if not (design.searches and design.trained_methods(block)):
+            continue
         split = block.config.problems.validation
         if split is None or split not in block.config.task.splits():
             found = "problems.validation: null" if split is None else f"no split {split!r} in the task"
@@ -88,7 +90,7 @@ def _require_validation(design: Design) -> None:
 def _check_teachers(design: Design) -> None:
     """Raise ConfigError where a method needs another teacher than a block has, before anything is run."""
     for block in design.blocks:
-        for method in design.trained_methods():
+        for method in design.trained_methods(block):
             rate = block.config.train.learning_rate
             check_ahead(stages_of(design.trained(block, method, block.config.seed, rate, "epochs")))
 
@@ -96,7 +98,7 @@ def _check_teachers(design: Design) -> None:
 def _search(runner: Runner, block: Block) -> list[Search]:
     """Each method's learning rates with what they reach on validation. A single rate is not measured."""
     design = runner.design
-    rates = {method: design.rates_of(block, method) for method in design.trained_methods()}
+    rates = {method: design.rates_of(block, method) for method in design.trained_methods(block)}
     if not design.searches:
         return [Search(block, method, only, chosen=True) for method, (only,) in rates.items()]
     cells = {method: {rate: design.searching(block, method, rate) for rate in each} for method, each in rates.items()}
@@ -127,7 +129,7 @@ def _validation(cell: Cell) -> tuple[int, int]:
 def _with_budgets(runner: Runner, block: Block, rates: dict[tuple[str, str], float]) -> list[Cell]:
     """A block's runs: every method and seed with equal epochs, then with as many steps as equal tokens allow."""
     design, found = runner.design, []
-    methods = [method for method in design.trained_methods() if (block.name, method) in rates]
+    methods = [method for method in design.trained_methods(block) if (block.name, method) in rates]
     for seed in design.seeds_of(block):
         epochs = {
             method: design.trained(block, method, seed, rates[block.name, method], "epochs") for method in methods
@@ -144,29 +146,33 @@ def _with_budgets(runner: Runner, block: Block, rates: dict[tuple[str, str], flo
 
 
 def _equal_tokens(design: Design, done: dict[str, Cell], seed: int) -> list[Cell]:
-    """The methods (no sweeps) with as many steps a round as bring their trained tokens closest to the reference's."""
+    """The methods (no sweeps) with as many steps a round as bring their trained tokens closest to the reference's.
+
+    Another number of steps than an epoch's has full steps, of `pairs_per_step` rows.
+    """
     counts = {method: _trained(cell) for method, cell in done.items()}
-    totals = {method: warmup + tokens for method, (warmup, tokens, _) in counts.items()}
+    totals = {method: each["warmup"] + each["tokens"] for method, each in counts.items()}
     target = totals.get(REFERENCE, max(totals.values()))
     cells = []
     for method, cell in done.items():
         if method in design.swept():
             continue
-        warmup, tokens, steps = counts[method]
-        rounds = cell.config.rounds
-        a_round = max(1, round(steps / rounds * (target - warmup) / tokens))
-        rate = cell.config.train.learning_rate
-        same = a_round * rounds == steps or abs(totals[method] - target) <= CLOSE * target
+        count, rounds, train = counts[method], cell.config.rounds, cell.config.train
+        a_step = count["tokens"] / count["pairs"] * train.pairs_per_step
+        a_round = max(1, round((target - count["warmup"]) / rounds / a_step))
+        rate = train.learning_rate
+        same = a_round * rounds == count["steps"] or abs(totals[method] - target) <= CLOSE * target
         cells.append(design.trained(cell.block, method, seed, rate, "tokens", None if same else a_round))
     return cells
 
 
-def _trained(cell: Cell) -> tuple[int, int, int]:
-    """Tokens that a cell's warm-up trained on, those of all rounds together, and the optimizer steps of the rounds."""
+def _trained(cell: Cell) -> dict[str, int]:
+    """Tokens that a cell's warm-up trained on; tokens, rows and optimizer steps of all rounds together."""
     rounds = training(cell)
     warmup = rounds.pop("warmup/train", {"tokens": 0})["tokens"]
-    tokens, steps = (sum(each[key] for each in rounds.values()) for key in ("tokens", "steps"))
-    return warmup, tokens, steps
+    return {"warmup": warmup} | {
+        key: sum(each[key] for each in rounds.values()) for key in ("tokens", "pairs", "steps")
+    }
 
 
 def _free(design: Design) -> None:

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from orpo_distill.compare.cells import Cell, Design, recipes, stages_of
+from orpo_distill.page.comparison import warnings_of
 from orpo_distill.stages.report import markdown_table
 
 Row = dict[str, Any]
@@ -19,7 +20,7 @@ def planned(design: Design) -> list[Cell]:
     cells = []
     for block in design.blocks:
         cells.append(design.baseline(block))
-        for method in design.trained_methods():
+        for method in design.trained_methods(block):
             rates = design.rates_of(block, method)
             if design.searches:
                 cells += [design.searching(block, method, rate) for rate in rates]
@@ -62,8 +63,8 @@ def render_markdown(content: Row) -> str:
         parts += ["## Trends", "", *markdown_table(_trend_table(content["trends"])), ""]
     if content["search"]:
         parts += ["## Learning rates, on validation", "", *markdown_table(_search_table(content["search"])), ""]
-    if warned := list(_warnings(content["cells"])):
-        parts += ["## What runs warn of", "", *(f"- {line}" for line in warned), ""]
+    if warned := warnings_of(content["cells"]):
+        parts += ["## What runs warn of", "", *(f"- {name}: {', '.join(runs)}" for name, runs in warned.items()), ""]
     parts += ["## Methods", ""]
     parts += [f"- `{name}`: {method['about']}" for name, method in content["methods"].items()]
     return "\n".join([*parts, ""])
@@ -154,16 +155,6 @@ def _trend_table(rows: Sequence[Row]) -> Table:
 
 def _range(row: Row) -> str:
     return "-" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"
-
-
-def _warnings(cells: Sequence[Row]) -> Iterator[str]:
-    """The name of each warning with the runs that give it; their reports have the measures."""
-    runs: dict[str, dict[str, None]] = {}
-    for cell in cells:
-        for warning in cell["warnings"]:
-            runs.setdefault(warning.partition(":")[0], {})[cell["run"]] = None
-    for name, found in sorted(runs.items()):
-        yield f"{name}: {', '.join(found)}"
 
 
 def _search_table(rows: Sequence[Row]) -> Table:

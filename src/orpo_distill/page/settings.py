@@ -50,7 +50,12 @@ def shown(value: Any, key: str = "") -> Any:
 def _seeds(config: Row) -> list[list[str]]:
     problems = config.get("problems")
     inner = problems.get("seed") if isinstance(problems, dict) else None
-    named = [("seed: traces, pairing, order of training, phi's coin", config.get("seed")), ("problems.seed", inner)]
+    traces, what = config.get("traces_seed"), "pairing, order of training, phi's coin"
+    named = [
+        (f"seed: {what}" if traces is not None else f"seed: first traces, {what}", config.get("seed")),
+        ("traces_seed: traces of the teacher and the initial student", traces),
+        ("problems.seed", inner),
+    ]
     return [[name, plain(value)] for name, value in named if value is not None]
 
 
