@@ -47,8 +47,15 @@ class ProblemsSection(Options):
     train: str = "train"
     validation: str | None = "validation"  # skipped where the task has no such split
     test: str = "test"
+    holdout: PositiveInt | None = None  # train problems that become validation where the task has no such split
     limit: PositiveInt | None = None  # train problems; raising it later only adds problems
-    seed: int = 0  # which of them `limit` takes
+    seed: int = 0  # which of them `holdout` and `limit` take
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.holdout and self.validation is None:
+            raise ValueError("expected a name in validation beside holdout, which makes that split, found null")
+        return self
 
 
 class TeacherSection(Options):

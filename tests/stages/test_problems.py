@@ -115,6 +115,25 @@ def test_the_limit_counts_what_is_left_and_the_seed_decides_which(tmp_path: Path
     assert ids(tmp_path / "out/problems.jsonl") != first
 
 
+def test_train_problems_are_held_out_where_there_is_no_validation_split(tmp_path: Path) -> None:
+    rows = [row(f"p{i}", f"question {i}") for i in range(20)]
+    data = write(tmp_path / "data", train=rows, test=[row("t", "other")])
+    first = run(data, tmp_path / "first", holdout=5, limit=4)
+    assert (first["validation"], first["train"], first["train_available"]) == (5, 4, 15)
+    run(data, tmp_path / "more", holdout=5, limit=9)
+    held_out = ids(tmp_path / "first/validation.jsonl")
+    assert held_out == ids(tmp_path / "more/validation.jsonl") == sorted(held_out, key=lambda name: int(name[1:]))
+    assert set(ids(tmp_path / "first/problems.jsonl")) < set(ids(tmp_path / "more/problems.jsonl"))
+    assert not set(held_out) & set(ids(tmp_path / "more/problems.jsonl"))
+    run(data, tmp_path / "other", holdout=5, seed=1)
+    assert set(ids(tmp_path / "other/validation.jsonl")) != set(held_out)
+    with pytest.raises(DataError, match=r"more train problems than problems\.holdout \(20\), found 20"):
+        run(data, tmp_path / "none", holdout=20)
+    write(data, validation=[row("v", "its own")])
+    assert run(data, tmp_path / "own", holdout=5)["train_available"] == 20
+    assert ids(tmp_path / "own/validation.jsonl") == ["v"]
+
+
 def test_the_same_settings_give_the_same_bytes(tmp_path: Path) -> None:
     train = [row(str(number), f"question {number}") for number in range(50)]
     data = write(tmp_path / "data", train=train, test=[row("t", "q")])

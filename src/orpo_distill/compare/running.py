@@ -30,6 +30,7 @@ from orpo_distill.page import comparison_page
 from orpo_distill.progress import say
 from orpo_distill.records import write_text
 from orpo_distill.runs import SHARED, RunFolder, disk_errors_explained
+from orpo_distill.stages.problems import ProblemsOptions, has_validation
 
 REFERENCE = "orpo-off"  # equal tokens are its tokens; without it those of the method that trains on most
 DELETED = "deleted"  # a checkpoint's name while it is deleted
@@ -78,12 +79,15 @@ def _require_validation(design: Design) -> None:
     for block in design.blocks:
         if not (design.searches and design.trained_methods(block)):
             continue
-        split = block.config.problems.validation
-        if split is None or split not in block.config.task.splits():
-            found = "problems.validation: null" if split is None else f"no split {split!r} in the task"
+        section = block.config.problems
+        if not has_validation(ProblemsOptions(task=block.config.task, problems=section)):
+            found = (
+                f"no split {section.validation!r} in the task" if section.validation else "problems.validation: null"
+            )
             raise ConfigError(
                 f"expected validation problems to choose learning rates on, found {found} ({block.config.name}); name "
-                "a split in problems.validation, or give one rate with --learning-rates"
+                "a split in problems.validation, hold some of train out with problems.holdout, or give one rate with "
+                "--learning-rates"
             )
 
 

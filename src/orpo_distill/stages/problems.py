@@ -18,7 +18,7 @@ from pydantic import SerializeAsAny
 from orpo_distill.component import Options
 from orpo_distill.config import ProblemsSection
 from orpo_distill.errors import DataError
-from orpo_distill.records import Problem, write_jsonl
+from orpo_distill.records import Problem, derive_seed, write_jsonl
 from orpo_distill.statistics import majority_rate
 from orpo_distill.tasks import Task, take
 
@@ -41,7 +41,7 @@ class Dropped:
 
 
 def problems(options: ProblemsOptions, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Write problems.jsonl (train), validation.jsonl (empty without that split), test.jsonl and dropped.jsonl.
+    """Write problems.jsonl (train), validation.jsonl (empty where there is none), test.jsonl and dropped.jsonl.
 
     Files keep the order of the source. Metrics are counts: `train`, `train_available` (before `limit`), `validation`,
     `test` and `dropped` by reason; `test_majority_rate` where all answers are letters or yes and no. Raises DataError.
@@ -55,6 +55,8 @@ def problems(options: ProblemsOptions, inputs: Mapping[str, Path], out: Path) ->
         if not found:
             reason = f", {len(dropped)} were dropped" if found is kept and dropped else ""
             raise DataError(f"expected at least one problem in split {split!r}, found none{reason}; check the data")
+    if _holds_out(options):
+        validation, kept = _held_out(kept, section)
     taken = take(kept, section.limit, section.seed)
     write_jsonl(out / "problems.jsonl", taken)
     write_jsonl(out / "test.jsonl", test)
@@ -116,13 +118,36 @@ def _words(text: str) -> str:
     return " ".join(_TOKEN.findall(plain)) or plain.strip()
 
 
+def has_validation(options: ProblemsOptions) -> bool:
+    """Whether there will be validation problems: a split of the task, or held out of train."""
+    return options.problems.validation in options.task.splits() or _holds_out(options)
+
+
+def _names_validation(options: ProblemsOptions) -> bool:
+    """Whether a validation split is named that the task has; any other than the default's name has to be there."""
+    split, default = options.problems.validation, ProblemsSection.model_fields["validation"].default
+    return split is not None and (split != default or split in options.task.splits())
+
+
+def _holds_out(options: ProblemsOptions) -> bool:
+    return options.problems.holdout is not None and not _names_validation(options)
+
+
+def _held_out(train: Sequence[Problem], section: ProblemsSection) -> tuple[list[Problem], list[Problem]]:
+    """The train problems that become validation, and the others, whatever `limit` is. Raises DataError."""
+    found = take(train, section.holdout, derive_seed(section.seed, "holdout"))
+    if len(found) == len(train):
+        raise DataError(
+            f"expected more train problems than problems.holdout ({section.holdout}), found {len(train)}; lower it"
+        )
+    ids = {problem.id for problem in found}
+    return found, [problem for problem in train if problem.id not in ids]
+
+
 def _validation(options: ProblemsOptions) -> list[Problem]:
-    """The validation problems; none where the task has no split of the default name. Raises DataError."""
+    """The problems of the validation split, if there is one. Raises DataError."""
     split = options.problems.validation
-    default = ProblemsSection.model_fields["validation"].default
-    if split is None or (split == default and split not in options.task.splits()):
-        return []
-    return options.task.load(split)
+    return options.task.load(split) if split is not None and _names_validation(options) else []
 
 
 def _check_ids(splits: Mapping[str, Sequence[Problem]]) -> None:
