@@ -26,7 +26,7 @@ ROWS = [
     {"experiment"},
     {"call"},
     {"plan", "launch", "execution"},
-    {"additions"},
+    {"additions", "ahead"},
     {"stages"},
     {"trainer", "likelihood", "negatives", "page"},
     {"teaching", "rollouts", "win_rates"},

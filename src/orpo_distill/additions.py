@@ -3,12 +3,11 @@ extrapolation after the last one, win rates at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from orpo_distill.config import Config
 from orpo_distill.judging import Judge
 from orpo_distill.mixing import PHI_FILE, AdaptivePhi
-from orpo_distill.models import checkpoint_folder, load_tokenizer, pick_device
 from orpo_distill.objectives import Objective
 from orpo_distill.runs import Stage
 from orpo_distill.samplers.hf import HF
@@ -19,8 +18,7 @@ from orpo_distill.stages.judge import WIN_RATES, JudgeAnswersOptions, JudgePairs
 from orpo_distill.stages.phi import PhiOptions
 from orpo_distill.stages.score import ScoreOptions
 from orpo_distill.stages.scorer import ScorerOptions, ScoreServer
-from orpo_distill.stages.train import TrainOptions
-from orpo_distill.teaching import TeacherOptions, require_one_vocabulary
+from orpo_distill.teaching import TeacherOptions
 
 CHOSEN = "extrapolate/chosen"
 SCORER = "teacher-scorer"
@@ -104,35 +102,6 @@ def teacher_in_training(config: Config, objective: Objective) -> TeacherOptions 
         device=config.teacher.scorer_device,
         trust_remote_code=_trusted(config),
     )
-
-
-def check_ahead(stages: Iterable[Stage]) -> None:
-    """Raise now what late stages would raise after hours of work: ConfigError, ModelError or DataError.
-
-    That is for a teacher in training with another vocabulary than the student's, or on a device that is not there, and
-    for a judge that cannot be asked.
-    """
-    checked = set()
-    for options in (stage.options for stage in stages):
-        if isinstance(options, JudgePairsOptions):
-            _check_judge(options.judge)
-        elif isinstance(options, TrainOptions) and options.teacher:
-            models = options.model, options.teacher.model
-            if models not in checked:
-                _check_teacher(options, options.teacher)
-                checked.add(models)
-
-
-def _check_judge(judge: Judge) -> None:
-    if isinstance(judge.sampler, HF | VLLM):
-        checkpoint_folder(judge.model)
-    judge.sampler.check()
-
-
-def _check_teacher(options: TrainOptions, teacher: TeacherOptions) -> None:
-    student = load_tokenizer(options.model, options.train.trust_remote_code)
-    require_one_vocabulary(options.objective, student, load_tokenizer(teacher.model, teacher.trust_remote_code))
-    pick_device(teacher.device)
 
 
 def _trusted(config: Config) -> bool:

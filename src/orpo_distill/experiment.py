@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from orpo_distill.additions import check_ahead
+from orpo_distill.ahead import check_ahead
 from orpo_distill.config import Config
 from orpo_distill.errors import RunError
 from orpo_distill.execution import REDOING, execute, refuse_stale, state

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orpo_distill.additions import check_ahead, teacher_in_training
+from orpo_distill.additions import teacher_in_training
+from orpo_distill.ahead import check_ahead
 from orpo_distill.config import Config
 from orpo_distill.experiment import run
 from orpo_distill.given import SOURCES, nothing_known, with_given

@@ -9,7 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from orpo_distill.additions import check_ahead
+from orpo_distill.ahead import check_ahead
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError, MissingVariable, OrpoDistillError
 from orpo_distill.mixing import phi_of_round
@@ -119,7 +119,7 @@ def _checked_counts(config: Config, missing: list[str]) -> Counts:
     for role, sampler in samplers.items():
         attempt(type(sampler).check, sampler, f"{role}.sampler")
     if not problems:
-        attempt(check_ahead, plan(config), "teacher")
+        attempt(check_ahead, plan(config), "")
     counts = None
     if getattr(config.task, "path", None) is not None:
         counts = attempt(_count, config, "task")

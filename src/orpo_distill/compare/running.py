@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
-from orpo_distill.additions import check_ahead
+from orpo_distill.ahead import check_ahead
 from orpo_distill.compare.cells import Block, Cell, Design, stages_of
 from orpo_distill.compare.results import Result, Search, evaluation_of, training, write_comparison
 from orpo_distill.compare.tables import render_markdown
@@ -49,7 +49,7 @@ def compare(design: Design, jobs: int = 1, command: str = "") -> Path:
     folder = RunFolder(design.folder)
     with disk_errors_explained(folder.path), folder.lock():
         _require_validation(design)
-        _check_teachers(design)
+        _check_ahead(design)
         (folder.path / SHARED).mkdir(exist_ok=True)
         runner = Runner(design, jobs)
         searches = [search for block in design.blocks for search in _search(runner, block)]
@@ -91,8 +91,8 @@ def _require_validation(design: Design) -> None:
             )
 
 
-def _check_teachers(design: Design) -> None:
-    """Raise ConfigError where a method needs another teacher than a block has, before anything is run."""
+def _check_ahead(design: Design) -> None:
+    """Raise what a method of a block would only find out late, such as that it needs another teacher."""
     for block in design.blocks:
         for method in design.trained_methods(block):
             rate = block.config.train.learning_rate
