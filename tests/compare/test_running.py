@@ -129,6 +129,7 @@ def test_killed_and_in_two_processes_it_comes_to_the_same(finished: Path, tmp_pa
     time.sleep(1)  # workers of the killed one look for it five times a second
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    assert "2 at a time; each says what it does in" in done.stderr
     assert figures(tmp_path) == figures(finished)
 
 

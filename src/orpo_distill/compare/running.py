@@ -214,6 +214,7 @@ class Runner:
         if self._jobs == 1 or len(cells) == 1:
             self._note(cells, (_run_cell(*each) for each in calls))
             return
+        say(f"{len(cells)} runs, {self._jobs} at a time; each says what it does in {self.design.folder}/NAME/log.txt")
         spawn = multiprocessing.get_context("spawn")
         shares = spawn.SimpleQueue()
         for index in range(self._jobs):
