@@ -19,14 +19,16 @@ from orpo_distill.stages.train import TrainOptions
 from orpo_distill.teaching import TeacherOptions, require_one_vocabulary
 
 
-def check_ahead(stages: Iterable[Stage]) -> None:
+def check_ahead(stages: Iterable[Stage], validation: int | None = None) -> None:
     """Raise now what late stages would raise after hours of work: ConfigError, ModelError or DataError.
+
+    `validation` is the number of validation problems, where the stage `problems` stands and is not among the stages.
 
     That is for a teacher in training with another vocabulary than the student's or on a device that is not there, for a
     judge that cannot be asked, and for what is measured on validation where there is none.
     """
     checked, all_options = set(), [stage.options for stage in stages]
-    _check_validation(all_options)
+    _check_validation(all_options, validation)
     for options in all_options:
         if isinstance(options, JudgePairsOptions):
             _check_judge(options.judge)
@@ -37,17 +39,18 @@ def check_ahead(stages: Iterable[Stage]) -> None:
                 checked.add(models)
 
 
-def _check_validation(found: Sequence[Options]) -> None:
-    needing = ["extrapolate" for options in found if isinstance(options, ChooseOptions)]
-    needing += [
-        "evaluate.test: false" for one in found if isinstance(one, EvaluateOptions) and "test" not in one.limits
-    ]
-    for options in found:
-        if needing and isinstance(options, ProblemsOptions) and not has_validation(options):
-            raise ConfigError(
-                f"expected validation problems for {needing[0]}, found no split {options.problems.validation!r} in the "
-                "task; name one in problems.validation, or hold some of train out with problems.holdout"
-            )
+def _check_validation(found: Sequence[Options], standing: int | None) -> None:
+    needing = ["extrapolate" for one in found if isinstance(one, ChooseOptions)]
+    measured = [one.limits for one in found if isinstance(one, EvaluateOptions)]
+    needing += ["evaluate.test: false" for limits in measured if "test" not in limits]
+    if not needing:
+        return
+    made = next((one for one in found if isinstance(one, ProblemsOptions)), None)
+    if standing == 0 if made is None else not has_validation(made):
+        raise ConfigError(
+            f"expected validation problems for {needing[0]}, found none in the task; name a split that has some in "
+            "problems.validation, or hold some of train out with problems.holdout"
+        )
 
 
 def _check_judge(judge: Judge) -> None:

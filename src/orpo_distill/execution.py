@@ -60,6 +60,26 @@ def refuse_stale(stages: Sequence[Stage], run: RunFolder, redo: Sequence[str] = 
         )
 
 
+def due(stages: Sequence[Stage], run: RunFolder, redo: Sequence[str] = (), keep: Sequence[str] = ()) -> list[Stage]:
+    """The stages that `execute` may have to work on. The rest have finished as they are asked for, or are kept."""
+    found: list[Stage] = []
+    for stage in stages:
+        sources = set(stage.inputs.values())
+        if (
+            _matches(stage, redo)
+            or sources & {one.name for one in found}
+            or not run.finished(stage.name)
+            or (not _matches(stage, keep) and _is_changed(stage, run))
+        ):
+            found.append(stage)
+    return found
+
+
+def _is_changed(stage: Stage, run: RunFolder) -> bool:
+    before = run.asked(stage.name)
+    return before is None or (before.work, before.options) != (stage.work, flat_options(stage))
+
+
 def execute(
     stages: Sequence[Stage], run: RunFolder, start: Start, redo: Sequence[str] = (), keep: Sequence[str] = ()
 ) -> None:

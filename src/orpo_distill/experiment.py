@@ -13,7 +13,7 @@ import yaml
 from orpo_distill.ahead import check_ahead
 from orpo_distill.config import Config
 from orpo_distill.errors import RunError
-from orpo_distill.execution import REDOING, execute, refuse_stale, state
+from orpo_distill.execution import REDOING, due, execute, refuse_stale, state
 from orpo_distill.launch import Launcher
 from orpo_distill.loading import load_config
 from orpo_distill.plan import plan, select
@@ -35,7 +35,7 @@ def run(config: Config, until: str | None = None, redo: Sequence[str] = (), keep
     folder = RunFolder(config.run_dir)
     with disk_errors_explained(folder.path), folder.lock():
         refuse_stale(stages, folder, redo, keep)
-        check_ahead(stage for stage in stages if not folder.finished(stage.name))
+        check_ahead(due(stages, folder, redo, keep), _validation(folder))
         write_text(folder.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         write_text(folder.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
         execute(stages, folder, _Timed(Launcher(config.launch), folder), redo, keep)
@@ -57,6 +57,12 @@ def status(path: Path) -> list[tuple[str, str, str]]:
         kept = f" (kept although changed: {', '.join(manifest.asked.kept)})" if manifest and manifest.asked.kept else ""
         rows.append((stage.name, state(stage, folder), came_out + kept))
     return rows
+
+
+def _validation(folder: RunFolder) -> int | None:
+    """How many validation problems a run has, if its problems stand."""
+    found = folder.manifest("problems") if folder.finished("problems") else None
+    return found.metrics["validation"] if found else None
 
 
 def _so_far(folder: Path) -> str:

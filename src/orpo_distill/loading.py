@@ -151,10 +151,10 @@ def _near(model: type[BaseModel], location: Sequence[str], data: Any) -> str:
     keys = list(found.model_fields) if found else []
     if near := get_close_matches(location[-1], keys, n=1):
         return f"; did you mean {near[0]!r}?"
-    if found is None or not issubclass(found, Component) or len(location) == 1:
+    if found is None or not issubclass(found, Component):
         return ""
-    name, place = type_name(found), ".".join(location[:-1])
-    return f" of {name}, which has {', '.join(keys) or 'none'}; {place}=TYPE takes another type and drops these keys"
+    others = f"; {'.'.join(location[:-1])}=TYPE takes another type and drops these keys" if len(location) > 1 else ""
+    return f" of {type_name(found)}, which has {', '.join(keys) or 'none'}{others}"
 
 
 def _field(model: type[BaseModel], location: Sequence[str], data: Any) -> FieldInfo | None:

@@ -15,7 +15,7 @@ from orpo_distill.errors import ConfigError, MissingVariable, OrpoDistillError
 from orpo_distill.mixing import phi_of_round
 from orpo_distill.models import checkpoint_folder
 from orpo_distill.plan import plan
-from orpo_distill.records import Problem
+from orpo_distill.records import Problem, read_jsonl
 from orpo_distill.runs import Stage
 from orpo_distill.samplers.hf import HF
 from orpo_distill.samplers.vllm import VLLM
@@ -24,7 +24,6 @@ from orpo_distill.stages.evaluate import EvaluateOptions
 from orpo_distill.stages.judge import JudgeAnswersOptions
 from orpo_distill.stages.problems import ProblemsOptions, said_dropped
 from orpo_distill.stages.problems import problems as make_problems
-from orpo_distill.tasks import take
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +63,7 @@ def rendered(config: Config, count: int) -> str:
     from orpo_distill.models import load_tokenizer
     from orpo_distill.samplers.prompts import render
 
-    problems = take(config.task.load(config.problems.train), config.problems.limit, config.problems.seed)[:count]
+    problems = _made(config)[1][:count]
     student = load_tokenizer(config.student.model, config.train.trust_remote_code)
     teacher: PreTrainedTokenizerBase | None = None
     if isinstance(config.teacher.sampler, HF | VLLM):
@@ -122,7 +121,7 @@ def _checked_counts(config: Config, missing: list[str]) -> Counts:
         attempt(check_ahead, plan(config), "")
     counts = None
     if getattr(config.task, "path", None) is not None:
-        counts = attempt(_count, config, "task")
+        counts = attempt(lambda config: _made(config)[0], config, "task")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     if counts is None:
@@ -134,11 +133,12 @@ def _checked_counts(config: Config, missing: list[str]) -> Counts:
     return Counts(counts["train"], test, validation, said_dropped(counts["dropped"]))
 
 
-def _count(config: Config) -> dict[str, Any]:
-    """What the problems stage will count, from making its files in passing."""
+def _made(config: Config) -> tuple[dict[str, Any], list[Problem]]:
+    """What the problems stage will count, and the train problems, from making its files in passing."""
     options = ProblemsOptions(task=config.task, problems=config.problems)
     with tempfile.TemporaryDirectory() as folder:
-        return make_problems(options, {}, Path(folder))
+        counts = make_problems(options, {}, Path(folder))
+        return counts, list(read_jsonl(Path(folder) / "problems.jsonl", Problem))
 
 
 def _capped(found: int, limit: int | None) -> int:
@@ -182,7 +182,8 @@ def _size(stage: Stage, config: Config, counts: Counts) -> str:
         return f"negatives of at most {config.mechanisms.problems} problems scored a round"
     if isinstance(stage.options, EvaluateOptions):
         measured = {"test": test, "validation": counts.validation}
-        return " and ".join(f"{_times(measured[split], 1)} answers on {split}" for split in stage.options.limits)
+        there = [split for split in stage.options.limits if measured[split] != 0]
+        return " and ".join(f"{_times(measured[split], 1)} answers on {split}" for split in there)
     if kind == "judge_pairs":
         return f"at most {_times(train, config.pairs.per_problem)} pairs judged, each in both orders"
     if isinstance(stage.options, JudgeAnswersOptions):

@@ -7,6 +7,7 @@ must have one vocabulary; where it compares spans of text, the teacher reads its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,6 +135,8 @@ class Teacher:
 
     def require_finite(self, compared: Compared, rows: Sequence[Row], batch: Batch) -> None:
         """Raise ModelError, naming the row, where what the teacher says is not finite, or cannot be compared with."""
+        import torch
+
         known = compared.teacher_logp.isfinite()
         bad = ~known | (compared.logp.isfinite() & ~compared.divergence.isfinite())
         if not bad.any():
@@ -147,12 +150,13 @@ class Teacher:
                 f"{compared.divergence[at].item()} for {row.name}; it may hold a token for impossible (a logit of "
                 f"-inf), which not every divergence of {type_name(type(self.objective))} can follow: reverse KL cannot"
             )
-        dtype = next(self.model.parameters()).dtype
+        value, dtype = compared.teacher_logp[at].item(), next(self.model.parameters()).dtype
+        advice = "set teacher.scorer_dtype to bfloat16 or float32, which hold larger ones, or look for broken weights"
+        if value == -math.inf and dtype != torch.float16:
+            advice = "it holds a token of this text for impossible: take a checkpoint without logits of -inf"
         raise ModelError(
-            f"expected finite log-probabilities of the teacher {self.options.model}, found "
-            f"{compared.teacher_logp[at].item()} for {row.name}; its numbers are of type "
-            f"{str(dtype).removeprefix('torch.')}: set teacher.scorer_dtype to bfloat16 or float32, which hold larger "
-            "ones, or look for broken weights"
+            f"expected finite log-probabilities of the teacher {self.options.model}, found {value} for {row.name}; its "
+            f"numbers are of type {str(dtype).removeprefix('torch.')}: {advice}"
         )
 
     def _spans(self, rows: Sequence[Row], batch: Batch, own: Batch) -> tuple[Tensor, Spans, Spans]:

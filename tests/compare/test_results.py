@@ -159,13 +159,17 @@ def test_a_sweep_of_k_counts_the_texts_that_are_used(tmp_path: Path) -> None:
 
 
 def test_equal_tokens_know_that_the_steps_of_an_epoch_are_not_full(tmp_path: Path) -> None:
-    """33 rows of 10 tokens are an epoch of 2 steps; 3,300 tokens are 330 rows: 10 full steps of 32, not 20."""
+    """33 rows of 10 tokens are an epoch of 2 steps; 3,300 tokens are 330 rows: 10 full steps of 32, not 20.
+
+    20 rows of 32 tokens: 3 steps of 1,024. 29 rows of 100 tokens: an epoch's 2,900 are nearer than 2 steps of 3,200.
+    """
     design = designed(tmp_path, methods="orpo-off,single-cot", seeds=1)
     done = {name: design.trained(design.blocks[0], name, 0, 1e-3, "epochs") for name in ("orpo-off", "single-cot")}
     counted(done["orpo-off"], "round-1/train", steps=20, tokens=3300, pairs=640)
-    counted(done["single-cot"], "round-1/train", steps=2, tokens=330, pairs=33)
-    steps = {cell.method: cell.config.train.steps_per_round for cell in _equal_tokens(design, done, 0)}
-    assert steps == {"orpo-off": None, "single-cot": 10}
+    for steps, tokens, rows, expected in ((2, 330, 33, 10), (1, 640, 20, 3), (1, 2900, 29, None)):
+        counted(done["single-cot"], "round-1/train", steps=steps, tokens=tokens, pairs=rows)
+        found = {cell.method: cell.config.train.steps_per_round for cell in _equal_tokens(design, done, 0)}
+        assert found == {"orpo-off": None, "single-cot": expected}
 
 
 @pytest.mark.parametrize(("alpha", "stage"), [(0.3, "extrapolate/0.3/evaluate"), (0, "round-1/evaluate")])

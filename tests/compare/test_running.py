@@ -217,7 +217,7 @@ def test_matched_negatives_are_as_many_of_one_as_of_the_other(tmp_path: Path) ->
         (("--budgets", "euros"), "--budgets"),
         (("--budgets", "tokens", "--sweep", "K=1,2"), "expected epochs in --budgets beside --sweep"),
         (("problems.validation=null",), "expected validation problems"),
-        (("problems.validation=dev",), "no split 'dev' in the task"),
+        (("problems.validation=dev",), "no split 'dev' with problems in the task"),
         (("--sweep", "train.learning_rate=1e-4,1e-3"), "--learning-rates"),
     ],
 )
@@ -234,7 +234,7 @@ def test_without_validation_problems_nothing_is_trained(tmp_path: Path) -> None:
     (tmp_path / "data" / "validation.jsonl").unlink()
     done = cli("compare", path, "--methods", "orpo-off")
     assert done.returncode == 2, done.stderr
-    assert "no split 'validation' in the task" in done.stderr
+    assert "no split 'validation' with problems in the task" in done.stderr
     assert not list(tmp_path.rglob("manifest.json"))
 
 

@@ -1,5 +1,6 @@
 """The divergence of GKD: golden values, limits, gradients; and what the objective makes of spans."""
 
+import math
 from math import log
 
 import pytest
@@ -58,6 +59,18 @@ def test_what_the_teacher_holds_for_impossible_is_nothing_to_follow(beta: float)
     found.sum().backward()
     assert logits.grad is not None and logits.grad.isfinite().all()
     assert jensen_shannon(logits.log_softmax(-1), teacher, 1.0).item() == float("inf")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_what_both_hold_for_impossible_says_nothing(beta: float) -> None:
+    """As where two models of a family mask the padding of their vocabulary."""
+    logits = drawn(2, words=4).requires_grad_()
+    masked = torch.cat([logits, torch.full((6, 1), -math.inf)], -1)
+    teacher = torch.cat([drawn(1, words=4), torch.full((6, 1), -math.inf)], -1)
+    found = jensen_shannon(masked.log_softmax(-1), teacher.log_softmax(-1), beta)
+    assert torch.allclose(found, jensen_shannon(drawn(2, words=4), drawn(1, words=4), beta))
+    found.sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])

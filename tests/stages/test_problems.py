@@ -14,6 +14,7 @@ from orpo_distill.errors import DataError
 from orpo_distill.records import Problem, read_jsonl
 from orpo_distill.stages.problems import ProblemsOptions, problems, question_key, said_dropped
 from orpo_distill.tasks import take
+from orpo_distill.tasks.question import file_split
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 
@@ -129,9 +130,21 @@ def test_train_problems_are_held_out_where_there_is_no_validation_split(tmp_path
     assert set(ids(tmp_path / "other/validation.jsonl")) != set(held_out)
     with pytest.raises(DataError, match=r"more train problems than problems\.holdout \(20\), found 20"):
         run(data, tmp_path / "none", holdout=20)
+    run(data, tmp_path / "named", holdout=5, validation="dev")
+    assert ids(tmp_path / "named/validation.jsonl") == held_out
     write(data, validation=[row("v", "its own")])
     assert run(data, tmp_path / "own", holdout=5)["train_available"] == 20
     assert ids(tmp_path / "own/validation.jsonl") == ["v"]
+
+
+def test_a_file_whose_parts_have_no_validation_problem_holds_some_out(tmp_path: Path) -> None:
+    """One file is split by a hash of each id: few problems may leave a part empty."""
+    names = [f"q{i}" for i in range(40) if file_split(f"q{i}") != "validation"]
+    write(tmp_path / "data", all=[row(name, f"question {name}") for name in names])
+    assert run(tmp_path / "data/all.jsonl", tmp_path / "out")["validation"] == 0
+    held_out = run(tmp_path / "data/all.jsonl", tmp_path / "held", holdout=3)
+    assert held_out["validation"] == 3
+    assert held_out["train"] + 3 + held_out["test"] == len(names)
 
 
 def test_the_same_settings_give_the_same_bytes(tmp_path: Path) -> None:

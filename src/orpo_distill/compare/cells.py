@@ -214,7 +214,8 @@ def design_of(configs: Sequence[Config], wanted: Wanted) -> Design:
             "add epochs or leave --sweep out"
         )
     if not methods and not sweeps:
-        raise ConfigError("expected methods or a sweep to compare, found none; see --methods and --sweep")
+        found = "diverse-cot, where one teacher trace a problem is used" if wanted.methods.strip() else "none"
+        raise ConfigError(f"expected methods or a sweep to compare, found {found}; see --methods and --sweep")
     name = _folder_name(wanted.name or f"{configs[0].name}-compare")
     design = Design(
         blocks=_blocks(configs),

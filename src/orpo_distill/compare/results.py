@@ -211,8 +211,8 @@ def _notes(design: Design, impossible: Mapping[str, str]) -> Iterator[str]:
     if trained and "tokens" in design.budgets:
         whose = "orpo-off" if "orpo-off" in trained else "the method that trains on most"
         yield (
-            f"Equal tokens: response tokens trained on, warm-up included, within 5% or a step a round of what {whose} "
-            "has in epochs."
+            "Equal tokens: response tokens trained on, warm-up included, within 5% of what "
+            f"{whose} has in epochs, or as near to it as whole steps a round come."
         )
     single = [block.name for block in design.blocks if most_traces(block.config) == 1]
     everywhere = len(single) == len(design.blocks)

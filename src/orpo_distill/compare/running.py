@@ -79,11 +79,9 @@ def _require_validation(design: Design) -> None:
     for block in design.blocks:
         if not (design.searches and design.trained_methods(block)):
             continue
-        section = block.config.problems
-        if not has_validation(ProblemsOptions(task=block.config.task, problems=section)):
-            found = (
-                f"no split {section.validation!r} in the task" if section.validation else "problems.validation: null"
-            )
+        split = block.config.problems.validation
+        if not has_validation(ProblemsOptions(task=block.config.task, problems=block.config.problems)):
+            found = "problems.validation: null" if split is None else f"no split {split!r} with problems in the task"
             raise ConfigError(
                 f"expected validation problems to choose learning rates on, found {found} ({block.config.name}); name "
                 "a split in problems.validation, hold some of train out with problems.holdout, or give one rate with "
@@ -96,7 +94,9 @@ def _check_ahead(design: Design) -> None:
     for block in design.blocks:
         for method in design.trained_methods(block):
             rate = block.config.train.learning_rate
-            check_ahead(stages_of(design.trained(block, method, block.config.seed, rate, "epochs")))
+            cell = design.trained(block, method, block.config.seed, rate, "epochs")
+            if not RunFolder(cell.config.run_dir).finished(cell.until):
+                check_ahead(stages_of(cell))
 
 
 def _search(runner: Runner, block: Block) -> list[Search]:
@@ -150,10 +150,7 @@ def _with_budgets(runner: Runner, block: Block, rates: dict[tuple[str, str], flo
 
 
 def _equal_tokens(design: Design, done: dict[str, Cell], seed: int) -> list[Cell]:
-    """The methods (no sweeps) with as many steps a round as bring their trained tokens closest to the reference's.
-
-    Another number of steps than an epoch's has full steps, of `pairs_per_step` rows.
-    """
+    """The methods (no sweeps) with as many steps a round as bring their trained tokens closest to the reference's."""
     counts = {method: _trained(cell) for method, cell in done.items()}
     totals = {method: each["warmup"] + each["tokens"] for method, each in counts.items()}
     target = totals.get(REFERENCE, max(totals.values()))
@@ -161,13 +158,25 @@ def _equal_tokens(design: Design, done: dict[str, Cell], seed: int) -> list[Cell
     for method, cell in done.items():
         if method in design.swept():
             continue
-        count, rounds, train = counts[method], cell.config.rounds, cell.config.train
-        a_step = count["tokens"] / count["pairs"] * train.pairs_per_step
-        a_round = max(1, round((target - count["warmup"]) / rounds / a_step))
-        rate = train.learning_rate
-        same = a_round * rounds == count["steps"] or abs(totals[method] - target) <= CLOSE * target
-        cells.append(design.trained(cell.block, method, seed, rate, "tokens", None if same else a_round))
+        near = abs(totals[method] - target) <= CLOSE * target
+        steps = None if near else _steps_a_round(counts[method], cell.config, target)
+        rate = cell.config.train.learning_rate
+        cells.append(design.trained(cell.block, method, seed, rate, "tokens", steps))
     return cells
+
+
+def _steps_a_round(count: dict[str, int], config: Config, target: int) -> int | None:
+    """As many steps a round as bring the tokens of warm-up and rounds nearest to the target; None for an epoch's.
+
+    The steps of an epoch may hold fewer than `pairs_per_step` rows, those of any other number are full.
+    """
+    a_step, an_epoch = count["tokens"] / count["pairs"] * config.train.pairs_per_step, count["steps"] // config.rounds
+    wanted = (target - count["warmup"]) / config.rounds
+    fewer = max(1, int(wanted / a_step))
+    tokens = {steps: steps * a_step for steps in (fewer, fewer + 1)}
+    tokens[an_epoch] = count["tokens"] / config.rounds
+    best = min(tokens, key=lambda steps: abs(tokens[steps] - wanted))
+    return None if best == an_epoch else best
 
 
 def _trained(cell: Cell) -> dict[str, int]:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LEAST = -1e30  # a log-probability whose probability is 0
+
+
 class Gkd(Objective):
     """The divergence, the mean over a text's tokens. Needs a local teacher with the student's vocabulary.
 
@@ -70,6 +73,7 @@ def jensen_shannon(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
         return divergence_from(teacher, student)
     if beta == 1:
         return divergence_from(student, teacher)
+    student, teacher = _filled(student, teacher)
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
     return beta * divergence_from(teacher, mixture) + (1 - beta) * divergence_from(student, mixture)
 
@@ -79,6 +83,11 @@ def divergence_from(one: Tensor, other: Tensor) -> Tensor:
 
     An entry that `one` holds for impossible (-inf) counts as 0, the limit of p log p.
     """
-    import torch
+    one, other = _filled(one, other)
+    return (one.exp() * (one.clamp(min=LEAST) - other)).sum(-1)
 
-    return (one.exp() * (one.clamp(min=torch.finfo(one.dtype).min) - other)).sum(-1)
+
+def _filled(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """What both hold for impossible as LEAST, whose differences and gradients are numbers."""
+    both = one.isneginf() & other.isneginf()
+    return one.masked_fill(both, LEAST), other.masked_fill(both, LEAST)

@@ -55,7 +55,7 @@ def problems(options: ProblemsOptions, inputs: Mapping[str, Path], out: Path) ->
         if not found:
             reason = f", {len(dropped)} were dropped" if found is kept and dropped else ""
             raise DataError(f"expected at least one problem in split {split!r}, found none{reason}; check the data")
-    if _holds_out(options):
+    if section.holdout is not None and not validation:
         validation, kept = _held_out(kept, section)
     taken = take(kept, section.limit, section.seed)
     write_jsonl(out / "problems.jsonl", taken)
@@ -119,18 +119,11 @@ def _words(text: str) -> str:
 
 
 def has_validation(options: ProblemsOptions) -> bool:
-    """Whether there will be validation problems: a split of the task, or held out of train."""
-    return options.problems.validation in options.task.splits() or _holds_out(options)
-
-
-def _names_validation(options: ProblemsOptions) -> bool:
-    """Whether a validation split is named that the task has; any other than the default's name has to be there."""
-    split, default = options.problems.validation, ProblemsSection.model_fields["validation"].default
-    return split is not None and (split != default or split in options.task.splits())
-
-
-def _holds_out(options: ProblemsOptions) -> bool:
-    return options.problems.holdout is not None and not _names_validation(options)
+    """Whether there will be validation problems: in a split of the task, or held out of train. Raises DataError."""
+    split = options.problems.validation
+    if split is None or options.problems.holdout is not None:
+        return split is not None
+    return split in options.task.splits() and bool(options.task.load(split))
 
 
 def _held_out(train: Sequence[Problem], section: ProblemsSection) -> tuple[list[Problem], list[Problem]]:
@@ -145,9 +138,12 @@ def _held_out(train: Sequence[Problem], section: ProblemsSection) -> tuple[list[
 
 
 def _validation(options: ProblemsOptions) -> list[Problem]:
-    """The problems of the validation split, if there is one. Raises DataError."""
-    split = options.problems.validation
-    return options.task.load(split) if split is not None and _names_validation(options) else []
+    """The validation problems of the task; none where a split may be missing and is. Raises DataError."""
+    section, default = options.problems, ProblemsSection.model_fields["validation"].default
+    may_be_missing = section.holdout is not None or section.validation == default
+    if section.validation is None or (may_be_missing and section.validation not in options.task.splits()):
+        return []
+    return options.task.load(section.validation)
 
 
 def _check_ids(splits: Mapping[str, Sequence[Problem]]) -> None:
