@@ -22,10 +22,9 @@ from orpo_distill.teaching import TeacherOptions, require_one_vocabulary
 def check_ahead(stages: Iterable[Stage], validation: int | None = None) -> None:
     """Raise now what late stages would raise after hours of work: ConfigError, ModelError or DataError.
 
-    `validation` is the number of validation problems, where the stage `problems` stands and is not among the stages.
-
     That is for a teacher in training with another vocabulary than the student's or on a device that is not there, for a
-    judge that cannot be asked, and for what is measured on validation where there is none.
+    judge that cannot be asked, and for what is measured on validation where there is none. `validation` is the number
+    of validation problems, where the stage `problems` stands and is not among the stages.
     """
     checked, all_options = set(), [stage.options for stage in stages]
     _check_validation(all_options, validation)

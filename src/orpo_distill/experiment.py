@@ -61,7 +61,7 @@ def status(path: Path) -> list[tuple[str, str, str]]:
 
 def _validation(folder: RunFolder) -> int | None:
     """How many validation problems a run has, if its problems stand."""
-    found = folder.manifest("problems") if folder.finished("problems") else None
+    found = folder.manifest("problems")
     return found.metrics["validation"] if found else None
 
 
