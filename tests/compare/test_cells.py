@@ -59,6 +59,8 @@ def test_a_method_is_left_out_only_where_it_is_undefined() -> None:
     assert [design.trained_methods(block) for block in design.blocks] == [["single-cot", "diverse-cot"], ["single-cot"]]
     assert any(note.startswith("diverse-cot is left out of one:") for note in _notes(design, {}))
     assert [note for note in _notes(design_of([one], Wanted("single-cot,diverse-cot")), {}) if "left out: one" in note]
+    with pytest.raises(ConfigError, match="found diverse-cot, where one teacher trace"):
+        design_of([one], Wanted("diverse-cot"))
 
 
 def test_a_setting_is_swept_once() -> None:
@@ -100,7 +102,7 @@ def test_losses_on_log_ratios_try_lower_learning_rates() -> None:
     base = config(train={"learning_rate": 1e-3})
     design = design_of([base], methods)
     rates = {method: design.rates_of(design.blocks[0], method) for method in design.trained_methods(design.blocks[0])}
-    usual, low = (5e-4, 1e-3, 2e-3), (1e-5, 3e-5, 1e-4)
+    usual, low = (5e-4, 1e-3, 2e-3), (3e-6, 1e-5, 3e-5, 1e-4)
     assert rates == {"orpo-off": usual, "dpo": low, "dadpo": low, "minillm": usual}
     own = design_of([config(objective="dpo", train={"learning_rate": 1e-6})], methods)
     assert own.rates_of(own.blocks[0], "dpo") == (5e-7, 1e-6, 2e-6)

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from orpo_distill.compare.methods import DEFAULT, METHODS, PRIMARY, RELATIVES, configured, parse_methods, parse_sweep
+from orpo_distill.compare.methods import (
+    DEFAULT,
+    METHODS,
+    PRIMARY,
+    RELATIVES,
+    configured,
+    is_defined,
+    parse_methods,
+    parse_sweep,
+)
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
 from orpo_distill.loading import parse_config
@@ -101,21 +110,22 @@ def test_dadpo_needs_a_teacher_that_scores() -> None:
 
 
 def test_the_teachers_negatives_bring_their_counterpart() -> None:
-    assert parse_methods("orpo-teacher-negatives", [config()]) == ["orpo-teacher-negatives", "orpo-student-negatives"]
-    named = parse_methods(",".join(DEFAULT), [config()])
+    assert parse_methods("orpo-teacher-negatives") == ["orpo-teacher-negatives", "orpo-student-negatives"]
+    named = parse_methods(",".join(DEFAULT))
     assert {name for pair in PRIMARY for name in pair} <= set(named)
     assert named == [name for name in METHODS if name in named]
 
 
 def test_one_trace_a_problem_leaves_no_diversity() -> None:
     single = config(teacher={"model": "gold", "samples": 1})
-    assert parse_methods("single-cot,diverse-cot", [single]) == ["single-cot"]
-    assert parse_methods("diverse-cot", [config(pairs={"traces": 1}), config(pairs={"max_chosen": 1})]) == []
+    assert not any(is_defined("diverse-cot", each) for each in (single, config(pairs={"traces": 1})))
+    assert is_defined("single-cot", single) and is_defined("diverse-cot", config())
+    assert not is_defined("diverse-cot", config(pairs={"max_chosen": 1}))
 
 
 def test_an_unknown_method_is_named_with_a_guess() -> None:
     with pytest.raises(ConfigError, match="'orpo-of'; did you mean 'orpo-off'"):
-        parse_methods("orpo-of", [config()])
+        parse_methods("orpo-of")
 
 
 def test_a_sweep_is_rows_of_one_setting() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from orpo_distill.additions import CHOSEN
-from orpo_distill.compare.methods import METHODS, Sweep, configured, most_traces, overlaid, parse_methods, parse_sweep
+from orpo_distill.compare.methods import METHODS, Sweep, configured, is_defined, overlaid, parse_methods, parse_sweep
 from orpo_distill.component import type_name
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError
@@ -24,7 +24,7 @@ Budget = Literal["epochs", "tokens"]
 SEARCHED = "search"  # in the names of runs that only look for a learning rate
 LONGEST_NAME = 100  # letters of a run's name that are kept as they are
 FACTORS = (0.5, 1, 2)  # of the config's learning rate: what is tried
-LOW_FACTORS = (0.01, 0.03, 0.1)  # the same for losses on sums of log-ratios (Zephyr: 5e-7 behind likelihood's 2e-5)
+LOW_FACTORS = (0.003, 0.01, 0.03, 0.1)  # for losses on sums of log-ratios (Zephyr: 5e-7 behind likelihood's 2e-5)
 FIXED = {
     "train.learning_rate": "; give the rates to choose from with --learning-rates",
     "train.steps_per_round": "; see --budgets",
@@ -90,9 +90,12 @@ class Design:
 
     def trained_methods(self, block: Block) -> list[str]:
         """All rows of a block that are trained: methods that its data allow, then values of sweeps."""
-        single = most_traces(block.config) == 1
-        own = (name for name in self.methods if METHODS[name].trains)
-        return [name for name in own if not (single and METHODS[name].needs_several_traces)] + self.swept()
+        own = [name for name in self.methods if METHODS[name].trains and is_defined(name, block.config)]
+        return own + self.swept()
+
+    def left_out(self, method: str) -> list[Block]:
+        """The blocks that have too few traces for a method."""
+        return [block for block in self.blocks if not is_defined(method, block.config)]
 
     def swept(self) -> list[str]:
         """The rows of sweeps, one a value."""
@@ -206,16 +209,13 @@ def design_of(configs: Sequence[Config], wanted: Wanted) -> Design:
             f"expected tasks with gold answers, found an open-ended one in {open_ended}: compare counts right answers; "
             "run the configs one by one, their reports have win rates against the initial student"
         )
-    methods = parse_methods(wanted.methods, configs)
+    methods = parse_methods(wanted.methods)
     sweeps, budgets = _sweeps(wanted.sweeps), _budgets(wanted.budgets)
     if sweeps and "epochs" not in budgets:
         raise ConfigError(
             f"expected epochs in --budgets beside --sweep, which is run with equal epochs, found {wanted.budgets!r}; "
             "add epochs or leave --sweep out"
         )
-    if not methods and not sweeps:
-        found = "diverse-cot, where one teacher trace a problem is used" if wanted.methods.strip() else "none"
-        raise ConfigError(f"expected methods or a sweep to compare, found {found}; see --methods and --sweep")
     name = _folder_name(wanted.name or f"{configs[0].name}-compare")
     design = Design(
         blocks=_blocks(configs),
@@ -227,6 +227,9 @@ def design_of(configs: Sequence[Config], wanted: Wanted) -> Design:
         budgets=budgets,
         vary_traces=wanted.vary_traces,
     )
+    if not any(design.trained_methods(block) for block in design.blocks) and "zero-shot" not in methods:
+        found = "diverse-cot, where one teacher trace a problem is used" if methods else "none"
+        raise ConfigError(f"expected methods or a sweep to compare, found {found}; see --methods and --sweep")
     for block in design.blocks:  # every config is made once, so that what is wrong is said now
         for method in design.trained_methods(block):
             design.trained(block, method, block.config.seed, block.config.train.learning_rate, "epochs")

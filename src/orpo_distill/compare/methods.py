@@ -174,11 +174,10 @@ def parse_sweep(text: str) -> Sweep:
     return Sweep("pairs.traces" if key == "K" else key, tuple(found))
 
 
-def parse_methods(text: str, configs: Sequence[Config]) -> list[str]:
+def parse_methods(text: str) -> list[str]:
     """Method names from a list with commas, in the table's order. Raises ConfigError for an unknown one.
 
-    `orpo-teacher-negatives` brings its counterpart with it. `diverse-cot` is left out where all configs use one
-    teacher trace a problem.
+    `orpo-teacher-negatives` brings its counterpart with it.
     """
     asked = {name.strip() for name in text.split(",") if name.strip()}
     if unknown := sorted(asked - METHODS.keys()):
@@ -187,14 +186,14 @@ def parse_methods(text: str, configs: Sequence[Config]) -> list[str]:
         raise ConfigError(f"expected methods out of {', '.join(METHODS)}, found {unknown[0]!r}{hint}")
     if "orpo-teacher-negatives" in asked:
         asked.add("orpo-student-negatives")
-    single = all(most_traces(config) == 1 for config in configs)
-    return [name for name in METHODS if name in asked and not (single and METHODS[name].needs_several_traces)]
+    return [name for name in METHODS if name in asked]
 
 
-def most_traces(config: Config) -> int:
-    """How many traces of the teacher are trained on a problem, at most."""
+def is_defined(method: str, config: Config) -> bool:
+    """Whether the config has what a method is about: several traces of the teacher a problem, where it needs them."""
     most = config.teacher.max_samples or config.teacher.samples
-    return min(most, *(limit or most for limit in (config.pairs.traces, config.pairs.max_chosen)))
+    trained = min(most, *(limit or most for limit in (config.pairs.traces, config.pairs.max_chosen)))
+    return trained > 1 or not METHODS[method].needs_several_traces
 
 
 def configured(config: Config, method: str, sweeps: Sequence[Sweep] = ()) -> Config:

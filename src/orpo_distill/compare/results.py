@@ -18,7 +18,7 @@ from typing import Any
 
 from orpo_distill.additions import CHOSEN, folder_of
 from orpo_distill.compare.cells import Block, Cell, Design, stages_of
-from orpo_distill.compare.methods import EXPLORATORY, METHODS, PRIMARY, Sweep, most_traces
+from orpo_distill.compare.methods import EXPLORATORY, METHODS, PRIMARY, Sweep
 from orpo_distill.errors import DataError
 from orpo_distill.records import Answer, Outcome, Trace, read_jsonl, write_text
 from orpo_distill.runs import Metrics, read_manifest
@@ -214,11 +214,10 @@ def _notes(design: Design, impossible: Mapping[str, str]) -> Iterator[str]:
             "Equal tokens: response tokens trained on, warm-up included, within 5% of what "
             f"{whose} has in epochs, or as near to it as whole steps a round come."
         )
-    single = [block.name for block in design.blocks if most_traces(block.config) == 1]
-    everywhere = len(single) == len(design.blocks)
-    if single and everywhere == ("diverse-cot" not in design.methods):
-        where = "" if everywhere else f" of {', '.join(single)}"
-        yield f"diverse-cot is left out{where}: one teacher trace a problem is used, so it is single-cot."
+    for method in design.methods:
+        if single := [block.name for block in design.left_out(method)]:
+            where = "" if len(single) == len(design.blocks) else f" of {', '.join(single)}"
+            yield f"{method} is left out{where}: one teacher trace a problem is used, so it is single-cot."
     runs: dict[str, list[str]] = {}
     for name, reason in impossible.items():
         runs.setdefault(reason, []).append(name)
