@@ -76,6 +76,11 @@ def test_an_override_reaches_into_a_component_named_by_a_word(smallest: Path) ->
         (["pairs.phi=adaptive", "rounds=1"], ["rounds of at least 3", "adaptive pairs.phi", "found 1"]),
         (["pairs.phi=adaptive", "rounds=2"], ["round 3 the first whose phi can move", "found 2"]),
         (["teacher.decoding.temperature=0"], ["teacher.decoding.temperature > 0"]),
+        (
+            ["teacher={model: t, samples: 1, stop_at: 2, max_samples: 4, decoding: {temperature: 0}}"],
+            ["teacher.decoding.temperature > 0 to draw 4 different traces"],
+        ),
+        (["student.decoding.temperature=0", "student.samples=2"], ["student.decoding.temperature > 0 to draw 2"]),
         (["extrapolate={alpha: [0.1, 0.10000001]}"], ["extrapolate: expected different values of alpha"]),
         (
             [

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from orpo_distill.cli import QUICKSTART
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_distill.cli import QUICKSTART, _config
+from orpo_distill.loading import parse_yaml
 from orpo_distill.models import load_model, load_tokenizer
 from orpo_distill.samplers import Decoding
 from orpo_distill.samplers.hf import HF
@@ -39,6 +45,17 @@ def test_the_sibling_has_something_to_learn() -> None:
     found = evaluate_model(SIBLING, TASK, HF(), decoding, "test", 100)
     assert found["parsed"] == 1
     assert 0.14 <= found["accuracy"] <= 0.40
+
+
+def test_its_folders_may_have_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path is no YAML: what follows " #" is no comment."""
+    odd = Path("/a #b: c/quickstart")
+    monkeypatch.setattr("orpo_distill.cli.QUICKSTART", odd)
+    monkeypatch.setattr(
+        "orpo_distill.cli.load_config", lambda path, overrides: [parse_yaml(o.partition("=")[2]) for o in overrides]
+    )
+    found: Any = _config("quickstart", [])
+    assert found == ["quickstart", *(str(odd / name) for name in ("problems", "teacher", "student"))]
 
 
 def test_both_students_have_a_config_that_needs_no_file() -> None:

@@ -262,9 +262,10 @@ def test_a_process_that_fails_gives_its_message(tmp_path: Path) -> None:
 
 def test_sampling_in_two_processes_gives_the_same_traces(finished: Path, tmp_path: Path) -> None:
     path = experiment(tmp_path, launch={"sample": {"processes": 2}})
-    done = cli("run", path, "--until", "teacher-verdicts")
-    assert done.returncode == 0, done.stderr
-    for name in ("teacher/traces.jsonl", "teacher-verdicts/verdicts.jsonl"):
+    for stage in ("teacher-verdicts", "baseline"):
+        done = cli("run", path, "--until", stage)
+        assert done.returncode == 0, done.stderr
+    for name in ("teacher/traces.jsonl", "teacher-verdicts/verdicts.jsonl", "baseline/results.json"):
         assert (tmp_path / "runs/demo" / name).read_bytes() == (finished / "runs/demo" / name).read_bytes()
 
 

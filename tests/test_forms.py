@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 from orpo_distill.errors import DataError
-from orpo_distill.forms import Form, Side, Text, plain_prompt, read_texts
+from orpo_distill.forms import Form, Side, Text, read_texts
 from orpo_distill.records import FinishReason, Message, Pair, Trace, to_json
-from orpo_distill.samplers.prompts import render
-from tests.checkpoints import tiny_tokenizer
 
 USER, SYSTEM = {"role": "user", "content": "2 + 2?"}, {"role": "system", "content": "Be short."}
 FOUR, FIVE = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "5"}
@@ -171,8 +169,3 @@ def test_files_that_are_no_files_of_texts(tmp_path: Path) -> None:
     for path, word in ((tmp_path / "none", "none"), (write(tmp_path), "empty"), (tmp_path / "broken.parquet", "Parq")):
         with pytest.raises(DataError, match=word):
             texts(path)
-
-
-def test_a_plain_prompt_is_what_a_model_without_a_template_reads() -> None:
-    messages = (Message("system", "Be short."), Message("user", "2 + 2?"))
-    assert plain_prompt(messages) == render(tiny_tokenizer(), messages)

@@ -12,11 +12,11 @@ import yaml
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError, DataError, RunError
 from orpo_distill.experiment import run, status
-from orpo_distill.forms import plain_prompt
 from orpo_distill.importing import PARTIAL, import_texts
 from orpo_distill.loading import load_config
 from orpo_distill.records import Message, Trace, read_jsonl
 from orpo_distill.runs import RunFolder
+from orpo_distill.samplers.prompts import plain_prompt
 from tests.test_forms import batch, write
 
 PROBLEMS = 5  # to train on: p0 to p4

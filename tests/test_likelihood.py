@@ -69,6 +69,13 @@ def test_what_does_not_fit_or_is_empty_is_left_out(tmp_path: Path) -> None:
     assert mean_logps(folder, [], TRAIN, "test") == {}
 
 
+def test_what_is_longer_than_the_models_context_is_left_out(tmp_path: Path) -> None:
+    folder = str(save_tiny_checkpoint(tmp_path / "tiny", max_position_embeddings=60))
+    long = Response(prompt("one"), "x" * 60, False)
+    assert set(mean_logps(folder, [*RESPONSES, long], TRAIN, "test")) == set(RESPONSES)
+    assert mean_logps(folder, [long], TRAIN, "test") == {}
+
+
 def test_a_model_that_is_not_finite_leaves_nothing(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -32,6 +32,11 @@ def test_settings_that_lead_nowhere(tmp_path: Path, override: str, code: int, wo
     one_message(cli("run", experiment(tmp_path), override), *words, code=code)
 
 
+def test_a_pilot_has_its_own_end(tmp_path: Path) -> None:
+    done = cli("run", experiment(tmp_path), "--until", "teacher", "--pilot", 2)
+    one_message(done, "expected --until or --pilot, found both", code=2)
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -156,6 +156,19 @@ def test_another_work_is_one_change_and_cannot_be_kept(folder: RunFolder) -> Non
         assert "--keep" not in str(caught.value)
 
 
+def test_a_stage_with_another_input_cannot_be_kept(folder: RunFolder) -> None:
+    """A warm-up that came: another method, which no settings can be accepted for."""
+    first, second = stages(Count(), Count())
+    warmup = Stage("warmup", "m:f", Count(), outputs=("text",))
+    go(folder, [first, second])
+    changed = [first, warmup, replace(second, inputs={**second.inputs, "start": "warmup"})]
+    for keep in ([], ["deep/second"]):
+        with pytest.raises(RunError) as caught:
+            go(folder, changed, keep=keep)
+        assert "deep/second: inputs.start: none -> warmup\nadd --redo deep/second" in str(caught.value)
+        assert "--keep" not in str(caught.value)
+
+
 def test_keep_does_not_excuse_a_stage_that_never_finished(folder: RunFolder) -> None:
     go(folder, stages(Count(), Count()))
     (folder.of("first") / "manifest.json").unlink()
@@ -182,6 +195,18 @@ def test_what_an_input_deleted_is_made_again_when_needed(folder: RunFolder) -> N
     assert go(folder, plan("b"), redo=["deep/second"]) == ["deep/second"]
     (folder.of("first") / "spare").unlink()
     assert go(folder, plan("c"), redo=["deep/second"]) == ["first", "deep/second"]
+
+
+def test_a_stage_that_lacks_only_its_manifest_needs_nothing_made_again(folder: RunFolder) -> None:
+    """It was killed between the last of its work, which deletes what it consumes, and its manifest."""
+    first, second = stages(Count(), Count())
+    plan = [first, replace(second, consumes={"source": "spare"})]
+    go(folder, plan)
+    (folder.of("deep/second") / "manifest.json").unlink()
+    assert go(folder, plan) == ["deep/second"]
+    (folder.of("deep/second") / "text").unlink()
+    (folder.of("deep/second") / "manifest.json").unlink()
+    assert go(folder, plan) == ["first", "deep/second"]
 
 
 def test_a_redo_that_was_broken_off_goes_on_with_the_same_command(folder: RunFolder) -> None:

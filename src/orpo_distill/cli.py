@@ -64,6 +64,8 @@ def run(
 ) -> None:
     """Distil: run every stage that is missing, to the report and the final student."""
     settings = _config(config, _with_ledger(overrides, ledger))
+    if pilot is not None and until is not None:
+        raise ConfigError("expected --until or --pilot, found both; a pilot always ends with round 1's pairs")
     if pilot is not None:
         from orpo_distill.pilot import pilot as run_pilot
 
@@ -264,13 +266,9 @@ def _config(name: str, overrides: Sequence[str]) -> Config:
     """The config in a file, or an embedded one where there is no file of that name."""
     if name not in EMBEDDED or Path(name).is_file():
         return load_config(Path(name), overrides)
-    embedded = [
-        f"name={name}",
-        f"task.path={QUICKSTART / 'problems'}",
-        f"teacher.model={QUICKSTART / 'teacher'}",
-        f"student.model={QUICKSTART / EMBEDDED[name]}",
-    ]
-    return load_config(QUICKSTART / "quickstart.yaml", [*embedded, *overrides])
+    folders = {"task.path": "problems", "teacher.model": "teacher", "student.model": EMBEDDED[name]}
+    embedded = [_path_setting(key, QUICKSTART / folder) for key, folder in folders.items()]
+    return load_config(QUICKSTART / "quickstart.yaml", [f"name={name}", *embedded, *overrides])
 
 
 def _files_and_settings(items: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -280,7 +278,12 @@ def _files_and_settings(items: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _with_ledger(overrides: Sequence[str] | None, ledger: Path | None) -> list[str]:
-    return [*(overrides or ()), *([f"ledger={json.dumps(str(ledger))}"] if ledger else [])]
+    return [*(overrides or ()), *([_path_setting("ledger", ledger)] if ledger else [])]
+
+
+def _path_setting(key: str, path: Path) -> str:
+    """An override whose value YAML reads as this path, whatever signs it has."""
+    return f"{key}={json.dumps(str(path))}"
 
 
 def _spec(text: str) -> dict[str, Any]:

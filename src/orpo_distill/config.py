@@ -315,11 +315,11 @@ class Config(Options):
                 f"expected rounds of at least 3 with an adaptive pairs.phi, because round 2 is the first whose "
                 f"negatives can be compared and round 3 the first whose phi can move, found {self.rounds}"
             )
-        for role in (self.teacher, self.student):
-            if role.samples > 1 and role.decoding.temperature == 0:
-                where = "teacher" if role is self.teacher else "student"
+        in_waves = 1 if self.teacher.temperatures else self.teacher.max_samples or 1
+        for where, role, most in (("teacher", self.teacher, in_waves), ("student", self.student, 1)):
+            if (several := max(role.samples, most)) > 1 and role.decoding.temperature == 0:
                 raise ValueError(
-                    f"expected {where}.decoding.temperature > 0 to draw {role.samples} different traces, found 0"
+                    f"expected {where}.decoding.temperature > 0 to draw {several} different traces, found 0"
                 )
         return self
 

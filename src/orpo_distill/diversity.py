@@ -21,15 +21,11 @@ TOO_SIMILAR = "too_similar"
 _WORD = re.compile(r"\w+")
 
 
-def rouge_l_f1(a: str, b: str) -> float:
-    """ROUGE-L F1 of two texts, between 0 (no word in common, or no words) and 1 (the same words in the same order)."""
-    first, second = _encode([a, b])
-    total = len(first) + len(second)
-    return 2 * LCSseq.similarity(first, second) / total if total else 0.0
-
-
 def mean_rouge_l(texts: Sequence[str]) -> float:
-    """Mean ROUGE-L F1 over all pairs of two texts or more. Raises ValueError for fewer."""
+    """Mean ROUGE-L F1 over all pairs of two texts or more. Raises ValueError for fewer.
+
+    Of one pair it lies between 0 (no word in common, or no words) and 1 (the same words in the same order).
+    """
     if len(texts) < 2:
         raise ValueError(f"expected two texts or more, found {len(texts)}")
     pairs = [

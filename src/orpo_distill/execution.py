@@ -187,6 +187,8 @@ def _asked_now(stage: Stage, run: RunFolder) -> Asked:
 def _restore_consumed(stage: Stage, by_name: Mapping[str, Stage], run: RunFolder, start: Start) -> bool:
     """Make inputs again that have deleted, to save space, what this stage needs of them. True if there was one."""
     restored = False
+    if _lacks_only_its_manifest(stage, run):
+        return restored
     for name, file in stage.consumes.items():
         source = by_name[stage.inputs[name]]
         if run.manifest(source.name) and not (run.of(source.name) / file).exists():
@@ -198,6 +200,12 @@ def _restore_consumed(stage: Stage, by_name: Mapping[str, Stage], run: RunFolder
             run_stage(source, run, start)
             restored = True
     return restored
+
+
+def _lacks_only_its_manifest(stage: Stage, run: RunFolder) -> bool:
+    """Whether a stage was broken off when its outputs were whole, and had perhaps deleted what it consumes."""
+    whole = all((run.of(stage.name) / name).exists() for name in stage.outputs)
+    return whole and run.manifest(stage.name) is None and run.asked(stage.name) == _asked_now(stage, run)
 
 
 def _made_beside(source: Stage, file: str, run: RunFolder, start: Start) -> bool:
@@ -265,9 +273,9 @@ def _outdated(stage: Stage, before: Asked, asked: Asked, run: RunFolder) -> list
 
 
 def _may_keep(stage: Stage, run: RunFolder) -> bool:
-    """Whether a stage has finished and its work would be called the same way now."""
+    """Whether a stage has finished and its work would be called the same way now, on inputs of the same names."""
     manifest = run.manifest(stage.name)
-    return manifest is not None and manifest.asked.work == stage.work
+    return manifest is not None and manifest.asked.work == stage.work and not _rewired(stage, manifest.asked)
 
 
 def _keep(stage: Stage, run: RunFolder) -> None:

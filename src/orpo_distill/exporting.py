@@ -24,7 +24,6 @@ from typing import Any, Literal
 from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError, DataError, RunError, missing_extra
 from orpo_distill.execution import state
-from orpo_distill.forms import plain_prompt
 from orpo_distill.ledger import reading
 from orpo_distill.loading import load_config
 from orpo_distill.plan import plan
@@ -32,6 +31,7 @@ from orpo_distill.records import Message, Pair, Problem, atomic_file, read_jsonl
 from orpo_distill.runs import RunFolder, disk_errors_explained
 from orpo_distill.samplers.asking import Asking
 from orpo_distill.samplers.openai import OpenAI
+from orpo_distill.samplers.prompts import plain_prompt
 from orpo_distill.sampling import Standing, prompt_id_of, with_prefix
 from orpo_distill.stages.sample import SampleOptions, waves
 

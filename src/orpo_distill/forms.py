@@ -10,7 +10,7 @@ Each as JSON Lines, plain or gzipped, or as Parquet with the same columns. The f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -76,11 +76,6 @@ def read_rows(path: Path, skip: Skip | None = None) -> Iterator[tuple[str, dict[
         is_parquet = file.read(4) == b"PAR1"
     for place, fields in _parquet_rows(path) if is_parquet else read_objects(path, skip):
         yield place, {name: value for name, value in fields.items() if value is not None}
-
-
-def plain_prompt(messages: Sequence[Message]) -> str:
-    """A prompt as a model without a chat template reads it, in sampling and in training."""
-    return "\n\n".join(message.content for message in messages) + "\n"
 
 
 def _form(place: str, fields: Mapping[str, Any]) -> Form:

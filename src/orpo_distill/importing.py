@@ -17,7 +17,7 @@ from orpo_distill.config import Config
 from orpo_distill.errors import ConfigError, DataError, RunError
 from orpo_distill.execution import refuse_stale, state
 from orpo_distill.experiment import run
-from orpo_distill.forms import Form, Side, Text, plain_prompt, read_texts
+from orpo_distill.forms import Form, Side, Text, read_texts
 from orpo_distill.plan import plan, select
 from orpo_distill.progress import say
 from orpo_distill.records import (
@@ -32,6 +32,7 @@ from orpo_distill.records import (
 )
 from orpo_distill.runs import Asked, RunFolder, Stage, disk_errors_explained, flat_options
 from orpo_distill.samplers import Completion, Request
+from orpo_distill.samplers.prompts import plain_prompt
 from orpo_distill.sampling import prompt_id_of, trace_of, with_prefix
 from orpo_distill.stages.sample import SampleOptions
 

@@ -1,6 +1,6 @@
 """How a stage's work is started: inline, as several processes, or under accelerate. Never what it computes.
 
-python -m orpo_distill.launch CALL.json        runs one call in this process (what the other ways start)
+python -m orpo_distill.call CALL.json        runs one call in this process (what the other ways start)
 """
 
 from __future__ import annotations
@@ -26,28 +26,30 @@ from orpo_distill.interrupt import signals_raise
 from orpo_distill.progress import say
 from orpo_distill.records import write_text
 from orpo_distill.runs import Metrics, Stage, disk_errors_explained
+from orpo_distill.stages.evaluate import EvaluateOptions
 from orpo_distill.stages.sample import SampleOptions
 
 SECONDS_TO_STOP = 25.0
+Sampling = SampleOptions | EvaluateOptions
 LAUNCHER = "ORPO_DISTILL_LAUNCHER"  # the environment variable with the process id of the run
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """Starts stages as the config's `launch` section says. An instance is a `runs.Start`."""
+    """Starts stages as the config's `launch` section says. An instance is an `execution.Start`."""
 
     settings: LaunchSection
 
     def __call__(self, stage: Stage, inputs: Mapping[str, Path], out: Path) -> Metrics:
         """Run a stage's work and return its metrics."""
         train, several = self.settings.train, self.settings.sample.processes > 1
-        if isinstance(stage.options, SampleOptions) and stage.options.sampler.shards and several:
+        if isinstance(stage.options, Sampling) and stage.options.sampler.shards and several:
             self._run_shards(stage, stage.options, inputs, out)
         elif stage.work.endswith(":train") and train.launcher == "accelerate":
             return self._run_accelerate(stage, inputs, out, train.processes)
         return call(stage.work, stage.options, inputs, out)
 
-    def _run_shards(self, stage: Stage, options: SampleOptions, inputs: Mapping[str, Path], out: Path) -> None:
+    def _run_shards(self, stage: Stage, options: Sampling, inputs: Mapping[str, Path], out: Path) -> None:
         """Each process samples its share of the problems into its own partial file; the caller merges them."""
         jobs, count = [], self.settings.sample.processes
         for index in range(count):

@@ -53,7 +53,8 @@ class Reading:
 def mean_logps(model: str, responses: Sequence[Response], train: TrainSection, label: str) -> dict[Response, float]:
     """Mean token log-probability (nats) of each response under a checkpoint, on the device and in batches of training.
 
-    Left out are responses that are empty, longer than train.max_length with their prompt, or not finitely likely.
+    Left out are responses that are empty, longer than train.max_length or the model's context with their prompt, or not
+    finitely likely.
     Raises ModelError, and TrainingError where memory runs out.
     """
     responses = list(dict.fromkeys(response for response in responses if response.text))
@@ -64,7 +65,7 @@ def mean_logps(model: str, responses: Sequence[Response], train: TrainSection, l
         with _memory_explained(
             model, len(rows), train.tokens_per_batch, ", or leave it out with mechanisms.problems: 0"
         ):
-            for batch, scored in _scored(model, rows, Reading.as_trained(train), label, _means):
+            for batch, scored in _scored(model, rows, Reading.as_trained(train), label, _means, leave_out=True):
                 found |= {responses[row.number]: value for row, value in zip(batch, scored, strict=True)}
     return {response: value for response, value in found.items() if math.isfinite(value)}
 
@@ -118,8 +119,12 @@ def _scored(
     label: str,
     score: Callable[[Any, Batch], Tensor],
     done: Collection[int] = (),
+    leave_out: bool = False,
 ) -> Iterator[tuple[list[Row], list[Any]]]:
-    """Each batch of rows that is not wholly done, with what `score` gives for each of its rows."""
+    """Each batch of rows that is not wholly done, with what `score` gives for each of its rows.
+
+    Rows beyond the model's context are left out with `leave_out`, else refused.
+    """
     import torch
 
     from orpo_distill.scoring import prepare
@@ -127,13 +132,17 @@ def _scored(
     device = pick_device()
     model: Any = load_model(name, reading.dtype, device, reading.trust_remote_code)
     try:
-        longest = max(rows, key=lambda row: row.length)
-        if (limit := context_length(model)) is not None and longest.length > limit:
+        limit = context_length(model)
+        within = [row for row in rows if limit is None or row.length <= limit]
+        if len(within) < len(rows) and not leave_out:
+            longest = max(row.length for row in rows)
             raise ConfigError(
-                f"expected texts within the context of {name}, {limit} tokens, found one of {longest.length} tokens "
-                "with its prompt; lower train.max_length or pairs.max_response_tokens"
+                f"expected texts within the context of {name}, {limit} tokens, found one of {longest} tokens with its "
+                "prompt; lower train.max_length or pairs.max_response_tokens"
             )
-        route = prepare(model, [longest])
+        if not (rows := within):
+            return
+        route = prepare(model, [max(rows, key=lambda row: row.length)])
         size = packed_tokens if route.groups else padded_tokens
         autocast = torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=reading.autocast)
         with torch.no_grad(), autocast, progress(label, len(rows), len(done)) as advance:

@@ -73,7 +73,7 @@ def load_model(
 
 
 def pick_device(device: str = "auto") -> str:
-    """`auto`: the first accelerator, else the CPU. Raises ModelError for a device that is not there."""
+    """`auto`: CUDA if there is a device, else the CPU. Raises ModelError for a device that is not there."""
     import torch
 
     if device == "auto":

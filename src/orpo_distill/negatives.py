@@ -18,9 +18,8 @@ from typing import Any
 from orpo_distill.errors import DataError
 from orpo_distill.judged import Judged, JudgedTraces
 from orpo_distill.measures import diversity_of, paired_means
-from orpo_distill.records import Outcome, Pair, Problem, derive_seed, read_jsonl
+from orpo_distill.records import INITIAL, TEACHER, Outcome, Pair, Problem, derive_seed, read_jsonl
 
-TEACHER, INITIAL = "teacher", "student-0"
 MEASURES = ("rouge_l", "distinct_2", "unique_answers", "words")
 
 

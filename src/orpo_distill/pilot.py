@@ -20,12 +20,13 @@ from orpo_distill.experiment import run
 from orpo_distill.given import SOURCES, nothing_known, with_given
 from orpo_distill.groups import Row, default_steps, tokenize
 from orpo_distill.mixing import foreseen_phi
-from orpo_distill.models import load_model, load_tokenizer, pick_device
-from orpo_distill.packing import collate, micro_batches
+from orpo_distill.models import load_tokenizer, pick_device
+from orpo_distill.packing import collate, micro_batches, packed_tokens, padded_tokens
 from orpo_distill.plan import plan
 from orpo_distill.progress import say
 from orpo_distill.records import Pair, read_jsonl
 from orpo_distill.runs import RunFolder, read_manifest
+from orpo_distill.stages.train import student_to_train
 from orpo_distill.teaching import Teacher
 
 MOST_TIMED = 4  # micro-batches
@@ -78,20 +79,24 @@ def _pilot_limit(config: Config, count: int) -> int | None:
 
 def seconds_a_pair(config: Config, pairs: Path) -> float:
     """Seconds that forward and backward take for a pair, over a few micro-batches after one to warm up."""
+    import torch
+
     from orpo_distill.scoring import prepare, score
 
     train, objective = config.train, config.objective
     device = pick_device()
     tokenizer = load_tokenizer(config.student.model, train.trust_remote_code)
-    model: Any = load_model(config.student.model, train.dtype, device, train.trust_remote_code)
+    model: Any = student_to_train(config.student.model, train, config.seed % 2**32).to(device)
     needs_rejected = "rejected" in objective.requires
     rows = tokenize(read_jsonl(pairs / "pairs.jsonl", Pair), tokenizer, train.max_length, needs_rejected)
-    prepare(model, rows[:1], train.gradient_checkpointing)
+    route = prepare(model, rows[:1], train.gradient_checkpointing)
+    size = packed_tokens if route.groups else padded_tokens
+    autocast = torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=train.autocast)
     model.train()
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     steps = (rows[start : start + train.pairs_per_step] for start in range(0, len(rows), train.pairs_per_step))
-    batches = itertools.chain.from_iterable(micro_batches(step, train.tokens_per_batch) for step in steps)
+    batches = itertools.chain.from_iterable(micro_batches(step, train.tokens_per_batch, size=size) for step in steps)
     timed = list(itertools.islice(batches, MOST_TIMED))
     given = nothing_known(objective.requires, rows)
     options = teacher_in_training(config, objective)
@@ -99,8 +104,9 @@ def seconds_a_pair(config: Config, pairs: Path) -> float:
 
     def work(rows: Sequence[Row]) -> None:
         batch = collate(rows, objective.scores_prompt, device)
-        scored = score(model, batch, 1.0, teacher.read(rows, batch) if teacher else None)
-        loss: Any = objective(with_given(scored, rows, given)).per_pair.sum()
+        with autocast:
+            scored = score(model, batch, 1.0, teacher.read(rows, batch) if teacher else None)
+            loss: Any = objective(with_given(scored, rows, given)).per_pair.sum()
         loss.backward()
         loss.item()  # waits for the device
 

@@ -80,15 +80,15 @@ def rendered(config: Config, count: int) -> str:
 
 
 def _training_row(config: Config, problem: Problem, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    from orpo_distill.samplers.prompts import encode_prompt, end_of_response
+    from orpo_distill.groups import encode_responses
+    from orpo_distill.samplers.prompts import encode_prompt
 
     prompt = encode_prompt(tokenizer, config.task.messages(problem))
     stated = f"... The answer is {problem.answer}." if problem.answer else "..."
-    response = tokenizer(stated, add_special_tokens=False)["input_ids"]
-    ids = [*response, end_of_response(tokenizer)]
+    ids = encode_responses([(stated, False)], tokenizer)[stated, False]
     return [
         f"--- training row: {len(prompt)} masked tokens between [[ and ]], then {len(ids)} trained ones",
-        f"[[{tokenizer.decode(prompt)}]]{tokenizer.decode(ids)}",
+        f"[[{tokenizer.decode(prompt)}]]{tokenizer.decode(list(ids))}",
     ]
 
 

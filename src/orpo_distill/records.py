@@ -20,6 +20,8 @@ from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args
 from orpo_distill.errors import DataError
 
 Role = Literal["system", "user", "assistant"]
+TEACHER, INITIAL = "teacher", "student-0"  # policies, see `Trace`
+LETTERS = "ABCDEFGHIJ"  # of the most choices that a problem may have to be judged by their letters
 
 
 @dataclass(frozen=True, slots=True)

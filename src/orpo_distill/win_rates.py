@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from orpo_distill.records import Preference
+from orpo_distill.records import INITIAL, Preference
 from orpo_distill.statistics import mcnemar, share, wilson
 
 RESULTS = ("won", "lost", "tie", "orders_disagree", "nonsense", "no_answer", "same")
@@ -14,7 +14,6 @@ UNSTEADY = 0.5  # share of comparisons in which the orders disagree, above which
 NONSENSE = 0.1  # share of its answers
 Row = dict[str, Any]
 
-INITIAL = "student-0"
 COLUMNS = ("policy", "against", "n", "win rate", "95% interval", "won / even / lost", "p")
 JUDGES_COLUMNS = {
     "first shown won": "first_shown_won",

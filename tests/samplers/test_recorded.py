@@ -90,6 +90,7 @@ def test_traces_without_an_answer_stay_as_they_are(tmp_path: Path) -> None:
         ('{"id": 3, "traces": []}', 'expected {"id": text, "traces": [...]}'),
         ('{"id": "p", "traces": [{"answer": "A"}]}', "expected traces like"),
         ('{"id": "a", "traces": []}', "expected each id once"),
+        ('{"id": "p", "traces": [{"text": "x", "flags": "cut"}]}', "expected flags as a list of names, found 'cut'"),
         ('{"id": "p", "traces": [{"text": "x", "answer": 3}]}', "expected an answer that is text or null"),
     ],
 )

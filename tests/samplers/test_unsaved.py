@@ -139,6 +139,16 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
             take_in(ledger)
 
 
+def test_what_another_process_took_in_meanwhile_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ledger(tmp_path / "ledger") as ledger:
+        path = write_down([reply(begun(ledger))], ledger.path, ledger.session)
+        assert path
+        seen = waiting(ledger.path)
+        path.unlink()
+        monkeypatch.setattr("orpo_distill.samplers.unsaved.waiting", lambda ledger: seen)
+        assert take_in(ledger) == 0
+
+
 FULL = """
     import asyncio, resource, sys
     from pathlib import Path

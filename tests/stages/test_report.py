@@ -100,4 +100,11 @@ def test_names_cannot_break_tables_and_local_paths_do_not_leak(tmp_path: Path) -
     assert "a\\|b" in card
     assert "/home/me" not in card
     assert "base_model" not in card
+    measured = [{**row, "split": "validation"} for row in content["results"]]
+    only = model_card(
+        options, {**content, "results": measured, "headline": {**content["headline"], "split": "validation"}}
+    )
+    assert [line for line in only.splitlines() if line.startswith("|")] == [
+        line for line in card.splitlines() if line.startswith("|")
+    ]
     assert "base_model: lab/small" in model_card(options.model_copy(update={"student": "lab/small"}), content)

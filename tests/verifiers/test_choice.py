@@ -190,6 +190,13 @@ def test_a_gold_answer_must_be_a_choices_letter(gold: str) -> None:
         Choice().check_gold(Problem("p", "?", gold, CHOICES))
 
 
+def test_more_choices_than_letters_are_refused() -> None:
+    many = tuple(f"thing {number}" for number in range(12))
+    for gold in "AK":
+        with pytest.raises(ValueError, match="expected at most 10 choices for the verifier choice, found 12"):
+            Choice().check_gold(Problem("p", "?", gold, many))
+
+
 def test_a_choice_within_another_or_of_digits_is_not_read_from_a_sentence() -> None:
     assert judge("Therefore, it was placed on dry ice.", choices=("ice", "dry ice")) is U
     assert judge("Therefore, 100 mg are given.", choices=("10", "100")) is U

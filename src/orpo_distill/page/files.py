@@ -206,15 +206,17 @@ class RunFiles:
         """The steps that a train stage has logged so far."""
         return list(whole_rows(self.path / stage / "log.jsonl"))
 
+    @property
+    def begun(self) -> list[str]:
+        """Stages that have begun, whether or not they have ended."""
+        patterns = ("*/stage.json", "*/*/stage.json", "extrapolate/*/*/stage.json")
+        found = (path.parent.relative_to(self.path) for pattern in patterns for path in self.path.glob(pattern))
+        return sorted(str(stage) for stage in found if stage.parts[0] != "superseded")
+
     @cached_property
     def unfinished(self) -> list[str]:
         """Stages that have begun and not ended."""
-        return sorted(
-            str(path.parent.relative_to(self.path))
-            for pattern in ("*/stage.json", "*/*/stage.json", "extrapolate/*/*/stage.json")
-            for path in self.path.glob(pattern)
-            if not (path.parent / "manifest.json").exists() and path.parent.name != "report"
-        )
+        return [name for name in self.begun if name != "report" and not (self.path / name / "manifest.json").exists()]
 
 
 def judged(source: Source) -> Iterator[tuple[Trace, Verdict | None]]:

@@ -68,9 +68,8 @@ def _versions(environment: Row) -> list[list[str]]:
 def _kept(files: RunFiles) -> str:
     """Stages that stand although their settings changed."""
     found = []
-    for path in sorted([*files.path.glob("*/manifest.json"), *files.path.glob("*/*/manifest.json")]):
-        stage = str(path.parent.relative_to(files.path))
-        manifest = None if stage.startswith("superseded") else files.manifest(stage)
+    for stage in files.begun:
+        manifest = files.manifest(stage)
         if manifest and manifest.asked.kept:
             found.append(f"{stage} ({', '.join(manifest.asked.kept)})")
     return f"Kept as they were although settings changed (--keep): {'; '.join(found)}." if found else ""

@@ -12,12 +12,14 @@ from orpo_distill.errors import ModelError
 from orpo_distill.ledger import Asked, Bought
 from orpo_distill.records import Message
 from orpo_distill.samplers import Completion, Decoding, Request
+from orpo_distill.samplers.prompts import plain_prompt, render
 from orpo_distill.samplers.replies import Reply, read_bought, read_reply
 
 if TYPE_CHECKING:
     from orpo_distill.samplers.openai import OpenAI
 
 ROOM = 256, 16  # tokens that a server may put around a prompt, and around each of its messages
+SEEDS = 1 << 31  # every server takes the numbers below it
 BYTES_A_TOKEN = 3  # a guess, for the rates
 
 
@@ -32,6 +34,12 @@ class Ask:
     requests: dict[int, Request]  # by sample index
     given_up: set[int] = field(default_factory=set)  # delivered as failed
     stands: dict[int, Bought] | None = None  # what the ledger held when it was last asked
+
+    def filled(self, indices: Sequence[int], seeded: bool) -> dict[str, Any]:
+        """The body of a request for some of its samples: how many, or the seed of a single one."""
+        if len(indices) > 1:
+            return {**self.body, "n": len(indices)}
+        return {**self.body, "seed": self.requests[indices[0]].seed % SEEDS} if seeded else dict(self.body)
 
 
 class Asking:
@@ -94,9 +102,8 @@ class Asking:
         if self._options.api == "chat":
             return {"messages": [{"role": message.role, "content": _plain(message.content)} for message in messages]}
         if not self._options.tokenizer:
-            return {"prompt": _plain("\n\n".join(message.content for message in messages)) + "\n"}
+            return {"prompt": _plain(plain_prompt(messages))}
         from orpo_distill.models import load_tokenizer
-        from orpo_distill.samplers.prompts import render
 
         self._tokenizer = self._tokenizer or load_tokenizer(self._options.tokenizer)
         return {"prompt": _plain(render(self._tokenizer, messages))}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_distill.errors import ModelError
 from orpo_distill.progress import say
-from orpo_distill.samplers.faults import Fault, Refused, fault_of
+from orpo_distill.samplers.faults import NAME_PATIENCE, Fault, Refused, fault_of
 
 if TYPE_CHECKING:
     from openai import OpenAI as Client
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 LISTED = 2_000  # of the server's batches that are looked through, newest first
 NAME = "orpo-distill"  # the batch's metadata field that holds its name in the ledger
 ENDED = ("completed", "failed", "expired", "cancelled")
-NAME_PATIENCE = 10.0  # seconds for which a host's name may be unknown
 SILENT, SAID_EVERY = 10.0, 60.0  # seconds of failures before the first word about them, and between words
 
 

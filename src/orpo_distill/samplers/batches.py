@@ -130,7 +130,12 @@ class BatchPurchase:
         if not attempts:
             return
         lines = [
-            {"custom_id": str(attempt), "method": "POST", "url": self._options.path, "body": self._body(ask, indices)}
+            {
+                "custom_id": str(attempt),
+                "method": "POST",
+                "url": self._options.path,
+                "body": ask.filled(indices, self._options.seeds),
+            }
             for attempt, (ask, indices) in attempts.items()
         ]
         content = "".join(json.dumps(line) + "\n" for line in lines).encode()
@@ -145,12 +150,6 @@ class BatchPurchase:
 
     def _name(self, name: str, remote: str) -> None:
         self._ledger.transaction([lambda ledger: ledger.name_batch(name, self._options.known_as, remote)])
-
-    def _body(self, ask: Ask, indices: Sequence[int]) -> dict[str, Any]:
-        if len(indices) > 1:
-            return {**ask.body, "n": len(indices)}
-        seed = {"seed": ask.requests[indices[0]].seed % (1 << 31)} if self._options.seeds else {}
-        return {**ask.body, **seed}
 
     def _take_in(self, asks: Sequence[Ask]) -> None:
         """Wait for every batch under way with one of these samples that nobody waits for, and settle what it brings."""

@@ -22,7 +22,7 @@ from orpo_distill.progress import say
 from orpo_distill.records import FinishReason
 from orpo_distill.samplers import Completion, Decoding, Request
 from orpo_distill.samplers.asking import Ask, Asking
-from orpo_distill.samplers.faults import Fault, NotOffered, Refused
+from orpo_distill.samplers.faults import NAME_PATIENCE, Fault, NotOffered, Refused
 from orpo_distill.samplers.sending import Sender
 from orpo_distill.samplers.silence import Silence
 
@@ -35,7 +35,6 @@ LOOK = 0.2  # seconds between looks at whether to stop
 WAIT_FOR_OTHERS = 0.5  # seconds between looks at what another process is buying
 LONGEST_BACKOFF = 60.0  # seconds
 REFUSED_AT_FIRST = 8  # requests refused before one has succeeded: then it is not the requests' fault
-NAME_PATIENCE = 10.0  # seconds for which a host's name may be unknown, before anything has succeeded
 
 
 class Purchase:

@@ -20,6 +20,7 @@ PERHAPS_SERVED = (408, 502, 504, 520, 522, 524)  # a gateway gave up waiting: th
 MOVED = (301, 302, 303, 307, 308)
 EVERYWHERE = (*MOVED, 401, 402, 404, 405, 501)  # the address, key, account or server is wrong, not the request
 OUT_OF_CREDIT = "insufficient_quota"  # an error's code or type
+NAME_PATIENCE = 10.0  # seconds for which a host's name may be unknown, before anything has succeeded
 WORDS = 300  # characters of a server's message that are shown
 
 

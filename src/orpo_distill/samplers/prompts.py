@@ -15,20 +15,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-    """The prompt's text: through the chat template, or else the contents, a blank line between them and "\\n" last.
+def plain_prompt(messages: Sequence[Message]) -> str:
+    """A prompt as a model without a chat template reads it: the contents, blank lines between, a line end last."""
+    return "\n\n".join(message.content for message in messages) + "\n"
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """The prompt's text: through the chat template, or else plain.
 
     A template that rejects or swallows a system message gets its text at the head of the first user message. Raises
     ModelError where the template fails all the same.
     """
     if not tokenizer.chat_template:
-        return "\n\n".join(message.content for message in messages) + ("\n" if add_generation_prompt else "")
+        return plain_prompt(messages)
     if messages and messages[0].role == "system":
-        text = _try_template(tokenizer, messages, add_generation_prompt)
+        text = _try_template(tokenizer, messages)
         if isinstance(text, str) and messages[0].content.strip() in text:
             return text
         messages = _without_system(messages)
-    text = _try_template(tokenizer, messages, add_generation_prompt)
+    text = _try_template(tokenizer, messages)
     if isinstance(text, str):
         return text
     roles = ", ".join(message.role for message in messages)
@@ -80,7 +85,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _try_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = True
 ) -> str | Exception:
     from jinja2 import TemplateError
 

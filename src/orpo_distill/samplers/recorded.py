@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 from orpo_distill import progress
 from orpo_distill.errors import DataError
-from orpo_distill.records import FinishReason
+from orpo_distill.records import LETTERS, FinishReason
 from orpo_distill.samplers import Completion, Decoding, Generate, Request, Sampler
 from orpo_distill.samplers.lines import find_file, read_objects, text_list
 
 FINAL_LINE = re.compile(r"\s*the answer is\b", re.IGNORECASE)
-LETTERS = "ABCDEFGHIJ"
 
 
 class Recorded(Sampler):
@@ -64,7 +63,10 @@ class Recorded(Sampler):
     def _is_dropped(self, place: str, trace: Any) -> bool:
         if not isinstance(trace, dict) or not isinstance(trace.get("text"), str):
             raise DataError(f'{place}: expected traces like {{"text": "..."}}, found {str(trace)[:60]}; mend the line')
-        return bool(set(self.drop_flags) & set(trace.get("flags") or ()))
+        flags = trace.get("flags") or []
+        if not isinstance(flags, list):
+            raise DataError(f"{place}: expected flags as a list of names, found {str(flags)[:60]!r}; mend the line")
+        return any(flag in self.drop_flags for flag in flags)
 
     def _text(self, place: str, trace: Mapping[str, Any]) -> str:
         text, answer = str(trace["text"]), trace.get("answer")

@@ -142,12 +142,8 @@ class Sender:
 
     async def _send(self, server: Server, ask: Ask, indices: Sequence[int], attempt: int) -> bytes:
         """What the server answers. Whatever becomes of the request, the ledger knows."""
-        body = dict(ask.body)
-        if len(indices) > 1:
-            body["n"] = len(indices)
-        elif self._options.seeds:
-            body["seed"] = ask.requests[indices[0]].seed % (1 << 31)  # what every server takes
-        path = "/chat/completions" if self._options.api == "chat" else "/completions"
+        body = ask.filled(indices, self._options.seeds)
+        path = self._options.path.removeprefix("/v1")  # the client's address ends with it
         sent = monotonic()
         try:
             reply = await server.client.post(path, body=body, cast_to=self._raw)

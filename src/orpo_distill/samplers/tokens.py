@@ -39,7 +39,8 @@ def encode_requests(
         prompt = encoded[one.messages]
         room = most if context is None else min(most, context - len(prompt))
         fits = prompt and room > 0
-        error = "" if fits else f"{len(prompt)} tokens in the prompt (the model takes 1 to {context})"
+        takes = "at least 1" if context is None else f"1 to {context}"
+        error = "" if fits else f"{len(prompt)} tokens in the prompt (the model takes {takes})"
         asked.append(Asked(one, prompt, room, error))
     return asked
 

@@ -42,6 +42,8 @@ def take_in(ledger: Ledger) -> int:
         session = path.stem.removeprefix(ledger.path.name + MARK)
         try:
             found = [_settlement(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except FileNotFoundError:  # another process has just taken it in
+            continue
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise RunError(
                 f"expected replies that a ledger could not take in {path}, found: {error!r}; mend the file or move it "

@@ -57,7 +57,7 @@ def model_card(options: ExportOptions, content: dict[str, Any]) -> str:
         "",
         headline_text(content["headline"]) + ".",
         "",
-        *markdown_table(results_table(content)),
+        *markdown_table(results_table(content, content["headline"]["split"])),
         "",
         "Wilson intervals of 95%. The prompt and every other setting stand in the run's `config.yaml`.",
         "",

@@ -22,9 +22,9 @@ from orpo_distill.component import Options
 from orpo_distill.config import MechanismsSection, TrainSection
 from orpo_distill.likelihood import Response, mean_logps
 from orpo_distill.measures import ends, falls_while_margin_grows, paired_means, thinned
-from orpo_distill.negatives import INITIAL, TEACHER, Comparison, Gathered, Negative, Rules, gather
+from orpo_distill.negatives import Comparison, Gathered, Negative, Rules, gather
 from orpo_distill.progress import say
-from orpo_distill.records import Answer, Trace, read_jsonl, write_text
+from orpo_distill.records import INITIAL, TEACHER, Answer, Trace, read_jsonl, write_text
 from orpo_distill.runs import read_manifest
 from orpo_distill.stages.mechanism_tables import tables, warnings
 from orpo_distill.tasks import Task

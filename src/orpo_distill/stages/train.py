@@ -32,7 +32,7 @@ from orpo_distill.errors import ConfigError, RunError, missing_extra
 from orpo_distill.given import read_given
 from orpo_distill.groups import Row, default_steps, schedule, tokenize
 from orpo_distill.interrupt import deferred
-from orpo_distill.models import begin_from, load_model, load_tokenizer
+from orpo_distill.models import begin_from, load_model, load_tokenizer, pick_device
 from orpo_distill.objectives import Objective
 from orpo_distill.progress import progress, say
 from orpo_distill.records import Pair, read_jsonl, write_text
@@ -105,7 +105,7 @@ def _train(options: TrainOptions, inputs: Mapping[str, Path], out: Path) -> None
     args.distributed_state.wait_for_everyone()  # before anything in the folder moves again
     if done < course.last_step:
         course = replace(course, teacher=_teacher(options, rows, tokenizer))
-        model = _model(options, args)
+        model = student_to_train(options.model, options.train, args.seed)
         if start is None and "start" in inputs:
             begin_from(model, inputs["start"] / MODEL)
         _run(options, model, course, args, start, tokenizer)
@@ -214,7 +214,6 @@ def _previous_checkpoint(options: TrainOptions, course: Course, previous: Path |
 
 def _arguments(options: TrainOptions, course: Course, out: Path) -> TrainingArguments:
     """The settings in transformers' words. Starts the process group under `accelerate launch`."""
-    import torch
     from transformers import TrainingArguments
 
     _whole_parameters()
@@ -232,7 +231,7 @@ def _arguments(options: TrainOptions, course: Course, out: Path) -> TrainingArgu
         adam_beta2=section.adam_beta2,
         max_grad_norm=section.max_grad_norm,
         bf16=section.autocast,
-        use_cpu=asked_for_cpu or not torch.accelerator.is_available(),
+        use_cpu=asked_for_cpu or pick_device() == "cpu",
         activation_checkpointing=section.gradient_checkpointing,
         use_cache=True,  # of the saved configuration; scoring asks for none
         logging_steps=section.logging_steps,
@@ -261,18 +260,18 @@ def _whole_parameters() -> None:
             )
 
 
-def _model(options: TrainOptions, args: TrainingArguments) -> Any:
-    """The initial student, with fresh adapters for LoRA. A checkpoint's weights are loaded over it."""
-    model = load_model(options.model, options.train.dtype, "cpu", options.train.trust_remote_code)
-    if (lora := options.train.lora) is None:
-        return model
+def student_to_train(model: str, train: TrainSection, seed: int) -> Any:
+    """The initial student on the CPU, with fresh adapters for LoRA. A checkpoint's weights are loaded over it."""
+    loaded = load_model(model, train.dtype, "cpu", train.trust_remote_code)
+    if (lora := train.lora) is None:
+        return loaded
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise missing_extra("peft", "lora") from error
     from transformers import set_seed
 
-    set_seed(args.seed)
+    set_seed(seed)
     targets = lora.target_modules
     config = LoraConfig(
         r=lora.r,
@@ -286,7 +285,7 @@ def _model(options: TrainOptions, args: TrainingArguments) -> Any:
         _lora_errors_explained(),
     ):  # peft 0.21 asks by a name that transformers 5.23 deprecates
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(model, config)
+        return get_peft_model(loaded, config)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import re
 from functools import lru_cache, partial
 from typing import ClassVar, NamedTuple
 
-from orpo_distill.records import Problem, Trace, Verdict
+from orpo_distill.records import LETTERS, Problem, Trace, Verdict
 from orpo_distill.verifiers import Verifier
 from orpo_distill.verifiers.statements import (
     CONCLUSION,
@@ -21,8 +21,6 @@ from orpo_distill.verifiers.statements import (
     read,
     verdict,
 )
-
-LETTERS = "ABCDEFGHIJ"
 
 _SIGNS = r"[\s:;,\"'“”‘’`*_\[{$\\–—-]*"
 _LEAD = re.compile(
@@ -156,6 +154,11 @@ class Choice(Verifier):
 
 
 def _gold(problem: Problem) -> str:
+    if len(problem.choices) > len(LETTERS):
+        raise ValueError(
+            f"expected at most {len(LETTERS)} choices for the verifier choice, found {len(problem.choices)}; leave out "
+            f"problem {problem.id}, or take the verifier exact"
+        )
     if problem.answer not in LETTERS[: len(problem.choices)] or len(problem.answer) != 1:
         last = LETTERS[len(problem.choices) - 1] if problem.choices else "no choices"
         raise ValueError(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from orpo_distill.records import FinishReason, Outcome, Problem, Trace, Verdict
+from orpo_distill.records import TEACHER, FinishReason, Outcome, Problem, Trace, Verdict
 from orpo_distill.verifiers import Verifier
-
-TEACHER = "teacher"  # the policy whose texts are preferred
 
 
 class Role(Verifier):
