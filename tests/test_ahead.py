@@ -47,6 +47,14 @@ def test_what_stands_is_not_asked_for_and_what_will_be_made_anew_is(tmp_path: Pa
     assert {stage: stage.stat().st_mtime_ns for stage in tmp_path.rglob("manifest.json")} == made
 
 
+def test_a_model_that_is_to_score_is_looked_for(tmp_path: Path) -> None:
+    path = taught(tmp_path, objective="dadpo", mechanisms={"enabled": False})
+    shutil.rmtree(tmp_path / "scorer")
+    with pytest.raises(ModelError, match=r"found nothing at .*scorer"):
+        run(load_config(path))
+    assert not list(tmp_path.rglob("stage.json"))
+
+
 def test_problems_that_stand_say_whether_there_is_validation(tmp_path: Path) -> None:
     path = experiment(tmp_path, rounds=1)
     (tmp_path / "data/validation.jsonl").unlink()

@@ -76,6 +76,16 @@ def test_a_model_in_training_writes_the_same_and_goes_on_as_before(tmp_path: Pat
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mamba"])
+def test_rows_that_only_pad_the_embeddings_are_never_drawn(tmp_path: Path, architecture: str) -> None:
+    """A teacher that lacks them could not read the text."""
+    model, tokenizer = loaded(tmp_path, architecture)
+    model.resize_token_embeddings(len(tokenizer) + 40, mean_resizing=False)
+    found = Writer(model, tokenizer, Writing(20, temperature=5.0))(PROMPTS, SEEDS)
+    assert max(max(one.tokens) for one in found) < len(tokenizer)
+    assert architecture == "mamba" or any(max(one.tokens) >= len(tokenizer) for one in drawn(model))  # it would be
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
 def test_adapters_write_as_the_model_that_they_make(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model

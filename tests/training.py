@@ -93,7 +93,7 @@ def ready_trainer(
     **section: Any,
 ) -> Any:
     """A trainer whose first `training_step(trainer.model, {})` is one step on all the pairs."""
-    from orpo_distill.stages.train import _arguments, _model
+    from orpo_distill.stages.train import _arguments, student_to_train
     from orpo_distill.trainer import Course, GroupTrainer, Watch
 
     tokenizer = load_tokenizer(str(model))
@@ -104,6 +104,6 @@ def ready_trainer(
     what = options(model, loss=loss, **section)
     args = _arguments(what, course, out)
     watch = Watch(Stop(), 1e6, lambda n: None)
-    trainer = GroupTrainer(_model(what, args), tokenizer, args, course, watch)
+    trainer = GroupTrainer(student_to_train(what.model, what.train, args.seed), tokenizer, args, course, watch)
     trainer.create_optimizer_and_scheduler(10)
     return trainer

@@ -15,6 +15,7 @@ from orpo_distill.stages.evaluate import EvaluateOptions
 from orpo_distill.stages.extrapolate import ChooseOptions
 from orpo_distill.stages.judge import JudgePairsOptions
 from orpo_distill.stages.problems import ProblemsOptions, has_validation
+from orpo_distill.stages.score import ScoreOptions
 from orpo_distill.stages.train import TrainOptions
 from orpo_distill.teaching import TeacherOptions, require_one_vocabulary
 
@@ -23,14 +24,20 @@ def check_ahead(stages: Iterable[Stage], validation: int | None = None) -> None:
     """Raise now what late stages would raise after hours of work: ConfigError, ModelError or DataError.
 
     That is for a teacher in training with another vocabulary than the student's or on a device that is not there, for a
-    judge that cannot be asked, and for what is measured on validation where there is none. `validation` is the number
-    of validation problems, where the stage `problems` stands and is not among the stages.
+    model that is to score texts and is not there, for a judge that cannot be asked, and for what is measured on
+    validation where there is none. `validation` is the number of validation problems, where the stage `problems` stands
+    and is not among the stages.
     """
-    checked, all_options = set(), [stage.options for stage in stages]
+    checked: set[tuple[str, ...]] = set()
+    all_options = [stage.options for stage in stages]
     _check_validation(all_options, validation)
     for options in all_options:
         if isinstance(options, JudgePairsOptions):
             _check_judge(options.judge)
+        elif isinstance(options, ScoreOptions) and options.model is not None:
+            if (options.model,) not in checked:
+                load_tokenizer(options.model, options.trust_remote_code)
+                checked.add((options.model,))
         elif isinstance(options, TrainOptions) and options.teacher:
             models = options.model, options.teacher.model
             if models not in checked:

@@ -145,9 +145,8 @@ def forecast(config: Config) -> Table:
             lines += _of_stage(config, stage, options, options.sampler, ahead)
         elif isinstance(options, JudgePairsOptions) and isinstance(options.judge.sampler, OpenAI):
             lines += _of_judge(config, stage, options, options.judge.sampler, ahead)
-        elif isinstance(options, ScoreOptions) and options.server is not None:
-            texts = 2 * config.pairs.per_problem * len(_problems(config, options))
-            lines.append((f"{stage.name}: calls", "one for each new text of the pairs", str(texts or "not known yet")))
+        elif isinstance(options, ScoreOptions) and options.server and isinstance(options.server.sampler, OpenAI):
+            lines += _of_scores(config, stage, options, options.server.sampler, ahead)
     return [("bill", "expected", "at most"), *lines] if lines else []
 
 
@@ -191,6 +190,27 @@ def _of_judge(
     how = ("texts at their limits, a guess", "texts at their limits")
     lengths = _Lengths(judge.decoding.max_new_tokens, _measured(run.of(stage.name)), *how)
     return _lines(stage.name, sampler, need, lengths, ahead)
+
+
+def _of_scores(
+    config: Config, stage: Stage, options: ScoreOptions, sampler: OpenAI, ahead: dict[tuple[str, str], list[float]]
+) -> Table:
+    """At most, for which texts are paired and how many are new in a round is only known once they are."""
+    problems, finished, name = _problems(config, options), _finished(config, stage), stage.name
+    if not problems:
+        return [(f"{name}: not known yet", "", "run --until problems, then check again")]
+    texts = 0 if finished else 2 * config.pairs.per_problem * len(problems)
+    prompts = (with_prefix(config.task.messages(problem), options.prefix) for problem in problems)
+    longest = max(ROOM[0] + sum(len(one.content.encode()) + ROOM[1] for one in prompt) for prompt in prompts)
+    text = max(config.teacher.decoding.max_new_tokens, config.student.decoding.max_new_tokens)
+    most = replace(sampler.most(texts * (longest + text), texts), calls=texts)
+    lines: Table = [
+        (f"{name}: calls", "one for each new text of the pairs", f"{texts}"),
+        (f"{name}: prompt tokens", "", f"{texts * (longest + text)} (texts at their limits)"),
+    ]
+    if sampler.price.most(1, 1):
+        lines.append((f"{name}: money", "", f"{most.money:.4f}"))
+    return lines + _budget(name, sampler, Spent(), most, ahead)
 
 
 def _compared(config: Config, options: JudgePairsOptions, finished: bool) -> list[str]:

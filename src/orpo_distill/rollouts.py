@@ -56,6 +56,7 @@ class Writer:
         self.student, self.writing = student, writing
         self.model: Any = getattr(student, "get_base_model", lambda: student)()  # without what peft puts around it
         self.teacher: Any = teacher
+        self.vocabulary = len(tokenizer)  # what the teacher can read too, whatever the embeddings are padded to
         self.ends = end_tokens(self.model.generation_config, tokenizer)
         mixes = teacher is not None and writing.teacher_share > 0
         writers: list[Any] = [self.model, teacher] if mixes else [self.model]
@@ -88,7 +89,8 @@ class Writer:
         if not jobs:
             return []
         decoding = Decoding(temperature=self.writing.temperature, max_new_tokens=self.writing.max_new_tokens)
-        rules = Rules(decoding, self.ends, partner=self._partner(dict(zip(prompts, read, strict=True))))
+        partner = self._partner(dict(zip(prompts, read, strict=True)))
+        rules = Rules(decoding, self.ends, partner=partner, vocabulary=self.vocabulary)
         run = decode if self.own_loop else decode_by_generate
         found: dict[int, Rollout] = {}
         with self._eval_mode():

@@ -111,7 +111,6 @@ def _choose(model: nn.Module, inner: Any, forward: _Forward, probe: Sequence[Row
     if not expected.isfinite().all():  # nothing to compare with; training will name the row whose loss is not finite
         inner.forward = types.MethodType(forward, inner)
         route.groups = route.head = False
-        route.reasons = ("its log-probabilities are not finite",)
         return
 
     def fault(of: Callable[[], str]) -> str:

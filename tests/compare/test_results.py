@@ -133,6 +133,17 @@ def test_warm_up_and_scores_are_counted(tmp_path: Path) -> None:
     assert (row["steps"], row["trained_tokens"], row["scored_tokens"]) == (5, 100, 40)
 
 
+def test_scores_of_whole_texts_are_a_warning(tmp_path: Path) -> None:
+    design = designed(tmp_path, methods="dpo", seeds=1)
+    cell = design.trained(design.blocks[0], "dpo", 0, 1e-3, "epochs")
+    result = finish(cell, {1})
+    counted(cell, "warmup/train")
+    for same, warnings in ((True, 0), (False, 1)):
+        counted(cell, "round-1/reference-scores", same_tokens=same)
+        found = result.row(design.folder)["warnings"]
+        assert len(found) == warnings and all("round-1/reference-scores" in one for one in found)
+
+
 @pytest.mark.parametrize(("warmup", "steps"), [(400, 8), (0, None), (5000, 1)])
 def test_equal_tokens_leave_fewer_steps_after_a_warm_up(tmp_path: Path, warmup: int, steps: int | None) -> None:
     """The reference trains on 2 x 1,000 tokens in 2 x 10 steps. After 400 of warm-up 1,600 are left: 2 x 8 steps."""

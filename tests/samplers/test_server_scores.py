@@ -227,6 +227,8 @@ def test_forms_of_answers(way: Way, choice: dict[str, Any], text: str) -> None:
         ("echo", echoed([None, None, -1.5, -2.5, -3.5], "<abcd")),  # a token that was not sent
         ("echo", echoed([None, -1.5, None, -3.5])),
         ("echo", echoed([None, "-1.5", -2.5, -3.5])),
+        ("echo", echoed([None, -1.5, float("nan"), -3.5])),
+        ("echo", echoed([None, -1.5, 0.7, -3.5])),  # no probability
         ("echo", echoed(None)),
         ("prompt_logprobs", {"text": "d"}),
         ("prompt_logprobs", prompted(None, B)),

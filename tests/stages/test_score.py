@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_distill.errors import ConfigError, DataError, ModelError
+from orpo_distill.likelihood import _sums
 from orpo_distill.models import load_tokenizer
+from orpo_distill.packing import Batch
 from orpo_distill.records import Message, Pair, Score, read_jsonl
 from orpo_distill.samplers.prompts import encode_prompt, end_of_response
 from orpo_distill.stages.score import PARTIAL, ScoreOptions, score
@@ -106,6 +108,25 @@ def test_resuming_and_growing_score_what_is_missing(student: Path, tmp_path: Pat
     assert found(out)[changed["trace_id"]].logp_sum == -1.5  # a score that stands is kept
     assert len(found(out)) < len(lines)
     run(tmp_path / "no-model-here", ragged_pairs()[:0], out)
+
+
+@pytest.mark.parametrize("first", [slice(0, 4), slice(3, None)])  # what comes is new at the end, or at the beginning
+def test_a_trace_that_is_scored_goes_through_no_model_again(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: slice
+) -> None:
+    pairs, read = ragged_pairs(), []
+
+    def spy(model: Any, batch: Batch) -> Any:
+        read.append(len(batch.chosen))
+        return _sums(model, batch)
+
+    run(student, pairs[first], tmp_path / "out")
+    before = found(tmp_path / "out")
+    monkeypatch.setattr("orpo_distill.likelihood._sums", spy)
+    run(student, pairs, tmp_path / "out")
+    after = found(tmp_path / "out")
+    assert sum(read) == len(after) - len(before) > 0
+    assert {name: after[name] for name in before} == before
 
 
 def test_another_prompt_is_another_score(student: Path, tmp_path: Path) -> None:

@@ -196,7 +196,10 @@ def test_a_server_that_cannot_is_found_out_before_anything_is_bought(teacher: Pa
             run(config)
         assert server.stats()["requests"] == 1
     assert not (config.run_dir / "teacher").exists()
-    assert ("round-1/teacher-scores: calls", "one for each new text of the pairs", "192") in forecast(config)
+    bill = {line[0]: line[1:] for line in forecast(config)}
+    assert bill["round-1/teacher-scores: calls"] == ("one for each new text of the pairs", "192")
+    most = int(bill["round-1/teacher-scores: prompt tokens"][1].split()[0])
+    assert float(bill["round-1/teacher-scores: money"][1]) == pytest.approx((most * 1 + 192 * 10) / 1e6, abs=1e-4)
     names = [stage.name for stage in plan(config)]
     assert names.index("teacher-scorer") < names.index("teacher")
     assert "teacher-scorer" in [stage.name for stage in select(plan(config), "round-1/pairs")]  # a pilot

@@ -20,6 +20,7 @@ from orpo_distill.additions import CHOSEN, folder_of
 from orpo_distill.compare.cells import Block, Cell, Design, stages_of
 from orpo_distill.compare.methods import EXPLORATORY, METHODS, PRIMARY, Sweep
 from orpo_distill.errors import DataError
+from orpo_distill.page.results import whole_texts
 from orpo_distill.records import Answer, Outcome, Trace, read_jsonl, write_text
 from orpo_distill.runs import Metrics, read_manifest
 from orpo_distill.statistics import (
@@ -103,11 +104,14 @@ class Result:
         }
 
     def _warnings(self) -> list[str]:
-        """What the run's mechanisms warn of, by name."""
-        path = self._folder / "mechanisms" / "mechanisms.json"
-        if not self.cell.trains or not path.exists():
+        """What the run's mechanisms warn of, by name, and which scores are of whole texts only."""
+        if not self.cell.trains:
             return []
-        return [str(warning) for warning in json.loads(path.read_bytes())["warnings"]]
+        scores = [stage.name for stage in stages_of(self.cell) if stage.work.endswith(":score")]
+        said = whole_texts({name: read_manifest(self._folder / name).metrics for name in scores})
+        path = self._folder / "mechanisms" / "mechanisms.json"
+        found = json.loads(path.read_bytes())["warnings"] if path.exists() else []
+        return [*([said] if said else []), *(str(warning) for warning in found)]
 
     def _cost(self) -> Row:
         """Steps, tokens and seconds of the run, as if nothing had been shared; what counts as what: docs/compare.md."""

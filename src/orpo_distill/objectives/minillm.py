@@ -1,11 +1,12 @@
 """MiniLLM: the reverse KL divergence of whole texts, on texts that the student writes in the step (arXiv 2306.08543).
 
-Against the paper: the likelihood of the chosen traces (`nll_weight`) stands where it has a loss on pre-training text.
-A text serves one optimizer step, not four epochs, so that the ratio which is clipped is the importance weight alone:
-without a share of the teacher it is 1. The single-step part has no importance weight, which is 1 on average there.
-The authors' code differs from their formulas, and from us: rewards are doubled (a scale of 0.5) and cut at 100, returns
-include the token's own reward, are discounted (0.95 by default) and whitened over the batch. TRL's MiniLLMTrainer (gone
-in 1.16) has neither the mixed sampling nor the weights, and its mask lets padding in.
+Against the paper: returns are divided by the number of tokens that they sum over, not by one less. The likelihood of
+the chosen traces (`nll_weight`) stands where it has a loss on pre-training text. A text serves one optimizer step, not
+four epochs, so that the ratio which is clipped is the importance weight alone: without a share of the teacher it is 1.
+The single-step part has no importance weight, which is 1 on average there. The authors' code differs from their
+formulas, and from us: rewards are doubled (a scale of 0.5) and cut at 100, returns include the token's own reward, are
+discounted (0.95 by default) and whitened over the batch. TRL's MiniLLMTrainer (gone in 1.16) has neither the mixed
+sampling nor the weights, and its mask lets padding in.
 """
 
 from __future__ import annotations

@@ -64,6 +64,11 @@ class Rules:
     ends: tuple[int, ...]
     stops: Stops | None = None
     partner: Partner | None = None  # a model that writes along
+    vocabulary: int | None = None  # only the tokens below it: embeddings may be padded
+
+    def draw(self, logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+        """A token a row, (N,), from logits (N, V) and random numbers (N,); -1 where there are no probabilities."""
+        return draw(logits[:, : self.vocabulary], chance, self.decoding)
 
 
 @dataclass(slots=True)
@@ -199,7 +204,7 @@ class Batch:
         rows = self.rows
         logits = self.cache.logits(rows.last, rows.count)
         chance = torch.from_numpy(uniforms(rows.seed, rows.count.astype(np.uint64))).to(logits.device)
-        rows.last = draw(logits, chance, self.rules.decoding).cpu().numpy()
+        rows.last = self.rules.draw(logits, chance).cpu().numpy()
         if rows.last.min() < 0:
             raise no_probabilities(self.model, self.rules.partner)
         live = np.flatnonzero(~rows.done)

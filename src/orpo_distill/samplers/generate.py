@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from orpo_distill import progress
 from orpo_distill.errors import ran_out_of_memory
 from orpo_distill.samplers.decode import Drawn, Job, Rules, no_probabilities
-from orpo_distill.samplers.draw import draw, uniforms
+from orpo_distill.samplers.draw import uniforms
 
 
 class OwnDraw(LogitsProcessor):
@@ -27,7 +27,7 @@ class OwnDraw(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         steps = np.full_like(self.seeds, input_ids.shape[1] - self.width)
         chance = torch.from_numpy(uniforms(self.seeds, steps)).to(scores.device)
-        tokens = draw(scores.float(), chance, self.rules.decoding)
+        tokens = self.rules.draw(scores, chance)
         if (tokens < 0).any():
             raise no_probabilities(self.model)
         return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)

@@ -33,6 +33,7 @@ FIELDS: Mapping[Way, Mapping[str, Any]] = {
 }
 ONE_TOKEN = Decoding(temperature=1.0, max_new_tokens=1)  # 1.0: some servers tell log-probabilities after tempering
 NEVER = -9999.0  # what vLLM writes for minus infinity
+MOST = 1e-3  # of a log-probability: 0, and what low precision may add
 NOT_IMPLEMENTED = 501  # the status that a reply without log-probabilities stands for
 OTHERWISE = (
     "take the other way, score with a checkpoint (teacher.scoring: local) or choose an objective that needs texts alone"
@@ -90,7 +91,7 @@ class ScoreAsking(Asking):
             return Reply((), usage)
         row = ask.body["prompt"]
         told = READERS[self._way](choices[0], row)
-        logps = [logp for _, logp in told[1:] if isinstance(logp, int | float)]
+        logps = [logp for _, logp in told[1:] if isinstance(logp, int | float) and logp <= MOST]  # NaN is not
         if len(told) != len(row) or len(logps) != len(row) - 1:
             words = f"log-probabilities of {len(logps)} of the {len(row) - 1} tokens behind the first"
             raise Declined({"message": words, "code": NOT_IMPLEMENTED}, usage, billed=usage is None)

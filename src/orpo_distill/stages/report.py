@@ -206,6 +206,8 @@ def _comparison_table(content: Row) -> list[tuple[str, ...]]:
 def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
     if isinstance(value, dict):
         return [row for name, item in value.items() for row in _flat(item, f"{key}.{name}" if key else str(name))]
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return [row for number, item in enumerate(value, start=1) for row in _flat(item, f"{key}.{number}")]
     return [(key, f"{value:.4g}" if isinstance(value, float) else str(value))]
 
 

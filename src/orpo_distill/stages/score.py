@@ -3,13 +3,14 @@
 `scores.jsonl` has a line for each trace: those of the round before first, then those that this round's pairs use for
 the first time. A trace is scored once, by a model here or by a server, as it stands in the pairs: its text without
 surrounding space, its end of sequence included unless it was cut. What is scored is appended to `scores.partial.jsonl`,
-which stays: a run that is resumed, or whose pairs change, scores only what is missing.
+which stays: a run that is resumed makes the batch anew that was broken off, and one whose pairs changed sends only what
+is new through the model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,7 +62,7 @@ def score(options: ScoreOptions, inputs: Mapping[str, Path], out: Path) -> dict[
     partial = out / PARTIAL
     with JsonlAppender(partial) as appender:  # cuts off a torn line
         standing = {(one.trace_id, one.prompt_id): one for one in read_jsonl(partial, Score)}
-        found = _score_missing(options, new, standing, appender, inputs) if new else {}
+        found = _score_missing(options, new, standing, appender, inputs, _finished(out)) if new else {}
     scored = [standing[key] for key in new]
     write_jsonl(out / SCORES, [*before, *scored])
     tokens = sum(one.tokens for one in scored)
@@ -74,6 +75,12 @@ def score(options: ScoreOptions, inputs: Mapping[str, Path], out: Path) -> dict[
         "same_tokens": found.get("same_tokens"),
         "prompt_tokens": found.get("prompt_tokens"),
     }
+
+
+def _finished(out: Path) -> set[Key]:
+    """What was scored when the stage last finished."""
+    path = out / SCORES
+    return {(one.trace_id, one.prompt_id) for one in read_jsonl(path, Score)} if path.exists() else set()
 
 
 def _wanted(pairs: Iterable[Pair], prefix: str) -> dict[Key, Response]:
@@ -100,10 +107,12 @@ def _score_missing(
     standing: dict[Key, Score],
     appender: JsonlAppender,
     inputs: Mapping[str, Path],
+    finished: Set[Key],
 ) -> dict[str, Any]:
     """Have a score for every key in `standing`.
 
-    Returns whether the model reads the texts in the student's tokens, and how many tokens a server has been sent.
+    Batches are of what is not `finished`, so that a run that is resumed gives what an uninterrupted one gives. Returns
+    whether the model reads the texts in the student's tokens, and how many tokens a server has been sent.
     """
     model = options.model or str(inputs["model"] / "model")
     keys, responses = list(new), list(new.values())
@@ -116,15 +125,19 @@ def _score_missing(
         )
     sent = sum(len(row.prompt) + len(row.chosen) for row in rows) if options.server else None
     metrics = {"same_tokens": same, "prompt_tokens": sent}
-    done = {number for number, key in enumerate(keys) if key in standing}
-    if len(done) == len(keys):
+    rows = [row for row in rows if not (keys[row.number] in standing and keys[row.number] in finished)]
+    done = {row.number for row in rows if keys[row.number] in standing}
+    if len(done) == len(rows):
         return metrics
     for number, (logp_sum, tokens, entropy) in _scores(options, model, rows, done):
         key = keys[number]
         if not (math.isfinite(logp_sum) and math.isfinite(entropy or 0.0)):
-            other = "see to its server" if options.server else f"load it in another number type than {options.dtype}"
+            key_of_type = "teacher.scorer_dtype" if options.policy == "teacher" else "train.dtype"
+            name, other = model, f"load it in another number type ({key_of_type}, now {options.dtype})"
+            if options.server:
+                name, other = options.server.model, "see to its server"
             raise ModelError(
-                f"expected a finite log-probability of every trace under {model}, found {logp_sum} for trace {key[0]}; "
+                f"expected a finite log-probability of every trace under {name}, found {logp_sum} for trace {key[0]}; "
                 f"{other}, or look for broken weights"
             )
         if number not in done:
