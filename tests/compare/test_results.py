@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orpo_distill.compare.cells import Cell, Design, Wanted, design_of
-from orpo_distill.compare.results import Result, evaluation_of, write_comparison
+from orpo_distill.compare.results import Result, Search, _equals, evaluation_of, write_comparison
 from orpo_distill.compare.running import _equal_tokens
 from orpo_distill.errors import DataError
 from orpo_distill.records import Answer, Outcome, Trace, write_jsonl
@@ -131,6 +131,16 @@ def test_warm_up_and_scores_are_counted(tmp_path: Path) -> None:
     counted(cell, "round-1/reference-scores", tokens=40)
     row = result.row(design.folder)
     assert (row["steps"], row["trained_tokens"], row["scored_tokens"]) == (5, 100, 40)
+
+
+@pytest.mark.parametrize(("second", "is_close"), [(75, True), (73, True), (71, False)])
+def test_a_rate_among_equals_is_spoken_of(tmp_path: Path, second: int, is_close: bool) -> None:
+    """77 of 100 right has a standard error of 4.2."""
+    design = designed(tmp_path, methods="orpo-off", seeds=1)
+    tried = [Search(design.blocks[0], "orpo-off", rate, 0, 100, right) for rate, right in ((1e-3, second), (2e-3, 50))]
+    best = Search(design.blocks[0], "orpo-off", 5e-4, 0, 100, 77, chosen=True)
+    notes = list(_equals(design, [*tried, best]))
+    assert len(notes) == is_close and all("for orpo-off: other seeds" in note for note in notes)
 
 
 def test_scores_of_whole_texts_are_a_warning(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from importlib import metadata
+from math import sqrt
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -174,7 +175,7 @@ def write_comparison(
         "name": design.folder.name,
         "version": metadata.version("orpo-distill"),
         "command": command,
-        "notes": [*_notes(design, impossible), *_edges(design, searches)],
+        "notes": [*_notes(design, impossible), *_edges(design, searches), *_equals(design, searches)],
         "methods": {name: _about(design, name) for name in [*design.methods, *design.swept()]},
         "search": [search.row() for search in searches if search.n is not None],
         "cells": [result.row(design.folder) for result in results],
@@ -241,6 +242,23 @@ def _edges(design: Design, searches: Sequence[Search]) -> Iterator[str]:
         for (rate, word), methods in sorted(names.items()):
             where = f" ({block.name})" if block.name else ""
             yield f"The {word} learning rate tried, {rate:g}, was the best for {', '.join(methods)}{where}."
+
+
+def _equals(design: Design, searches: Sequence[Search]) -> Iterator[str]:
+    """Methods with another learning rate within a standard error of the best: theirs is a choice among equals."""
+    for block in design.blocks if design.searches else ():
+        names = []
+        for best in (each for each in searches if each.block == block and each.chosen and each.n):
+            others = [each.correct or 0 for each in searches if (each.block, each.method) == (block, best.method)]
+            others.remove(right := best.correct or 0)
+            if others and right - max(others) <= sqrt(right * (1 - right / (best.n or 1))):
+                names.append(best.method)
+        if names:
+            where = f" ({block.name})" if block.name else ""
+            yield (
+                "Another learning rate was within a standard error of the best on validation for "
+                f"{', '.join(names)}{where}: other seeds may prefer it, and differences may be those of rates."
+            )
 
 
 def _contrasts(design: Design, results: Sequence[Result]) -> list[Row]:
