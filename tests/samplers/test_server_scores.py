@@ -251,4 +251,7 @@ def test_what_is_no_answer_at_all() -> None:
     with pytest.raises(Declined) as caught:
         read("echo", {"text": "abc"}, usage=None)
     assert (caught.value.usage, caught.value.billed) == (None, True)
-    assert math.isnan(read("echo", echoed([None, math.nan, -1.0, -1.0])).logps[0])  # the stage says what it found
+    for odd, said in ((math.nan, "nan"), (0.7, "0.7"), (math.inf, "inf")):
+        with pytest.raises(Declined, match=f"of 1 of the 2 tokens behind the first; of one it says {said}"):
+            read("echo", echoed([None, odd, -1.0, -1.0]))
+    assert read("echo", echoed([None, -math.inf, -1.0, -1.0])).logps[0] == -math.inf  # the stage says what it found

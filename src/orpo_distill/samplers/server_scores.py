@@ -91,9 +91,12 @@ class ScoreAsking(Asking):
             return Reply((), usage)
         row = ask.body["prompt"]
         told = READERS[self._way](choices[0], row)
-        logps = [logp for _, logp in told[1:] if isinstance(logp, int | float) and logp <= MOST]  # NaN is not
+        numbers = [logp for _, logp in told[1:] if isinstance(logp, int | float)]
+        logps = [logp for logp in numbers if logp <= MOST]  # NaN is not
         if len(told) != len(row) or len(logps) != len(row) - 1:
             words = f"log-probabilities of {len(logps)} of the {len(row) - 1} tokens behind the first"
+            if odd := [logp for logp in numbers if logp not in logps]:
+                words += f"; of one it says {odd[0]}"
             raise Declined({"message": words, "code": NOT_IMPLEMENTED}, usage, billed=usage is None)
         text = "".join(text for text, _ in told if isinstance(text, str))
         return Reply((json.dumps(Scored(text, logps)._asdict()),), usage)
