@@ -28,16 +28,15 @@ def check_ahead(stages: Iterable[Stage], validation: int | None = None) -> None:
     validation where there is none. `validation` is the number of validation problems, where the stage `problems` stands
     and is not among the stages.
     """
-    checked: set[tuple[str, ...]] = set()
-    all_options = [stage.options for stage in stages]
+    checked, all_options = set(), [stage.options for stage in stages]
     _check_validation(all_options, validation)
+    scoring = [(one.model, one.trust_remote_code) for one in all_options if isinstance(one, ScoreOptions)]
+    for model, trusted in dict.fromkeys(scoring):
+        if model is not None:
+            load_tokenizer(model, trusted)
     for options in all_options:
         if isinstance(options, JudgePairsOptions):
             _check_judge(options.judge)
-        elif isinstance(options, ScoreOptions) and options.model is not None:
-            if (options.model,) not in checked:
-                load_tokenizer(options.model, options.trust_remote_code)
-                checked.add((options.model,))
         elif isinstance(options, TrainOptions) and options.teacher:
             models = options.model, options.teacher.model
             if models not in checked:

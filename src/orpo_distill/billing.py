@@ -203,10 +203,11 @@ def _of_scores(
     prompts = (with_prefix(config.task.messages(problem), options.prefix) for problem in problems)
     longest = max(ROOM[0] + sum(len(one.content.encode()) + ROOM[1] for one in prompt) for prompt in prompts)
     text = max(config.teacher.decoding.max_new_tokens, config.student.decoding.max_new_tokens)
-    most = replace(sampler.most(texts * (longest + text), texts), calls=texts)
+    prompt = texts * (longest + text)
+    most = replace(sampler.most(prompt, texts), calls=texts)
     lines: Table = [
         (f"{name}: calls", "one for each new text of the pairs", f"{texts}"),
-        (f"{name}: prompt tokens", "", f"{texts * (longest + text)} (texts at their limits)"),
+        (f"{name}: prompt tokens", "", f"{prompt} (texts at their limits)"),
     ]
     if sampler.price.most(1, 1):
         lines.append((f"{name}: money", "", f"{most.money:.4f}"))

@@ -187,8 +187,8 @@ def _asked_now(stage: Stage, run: RunFolder) -> Asked:
 def _restore_consumed(stage: Stage, by_name: Mapping[str, Stage], run: RunFolder, start: Start) -> bool:
     """Make inputs again that have deleted, to save space, what this stage needs of them. True if there was one."""
     restored = False
-    if _lacks_only_its_manifest(stage, run):
-        return restored
+    if stage.consumes and _lacks_only_its_manifest(stage, run):
+        return False
     for name, file in stage.consumes.items():
         source = by_name[stage.inputs[name]]
         if run.manifest(source.name) and not (run.of(source.name) / file).exists():

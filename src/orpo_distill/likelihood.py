@@ -54,8 +54,7 @@ def mean_logps(model: str, responses: Sequence[Response], train: TrainSection, l
     """Mean token log-probability (nats) of each response under a checkpoint, on the device and in batches of training.
 
     Left out are responses that are empty, longer than train.max_length or the model's context with their prompt, or not
-    finitely likely.
-    Raises ModelError, and TrainingError where memory runs out.
+    finitely likely. Raises ModelError, and TrainingError where memory runs out.
     """
     responses = list(dict.fromkeys(response for response in responses if response.text))
     tokenizer = load_tokenizer(model, train.trust_remote_code)

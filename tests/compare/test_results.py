@@ -146,11 +146,11 @@ def test_a_rate_among_equals_is_spoken_of(tmp_path: Path, second: int, is_close:
 def test_scores_of_whole_texts_are_a_warning(tmp_path: Path) -> None:
     design = designed(tmp_path, methods="dpo", seeds=1)
     cell = design.trained(design.blocks[0], "dpo", 0, 1e-3, "epochs")
-    result = finish(cell, {1})
+    finish(cell, {1})
     counted(cell, "warmup/train")
     for same, warnings in ((True, 0), (False, 1)):
         counted(cell, "round-1/reference-scores", same_tokens=same)
-        found = result.row(design.folder)["warnings"]
+        found = Result(cell).row(design.folder)["warnings"]
         assert len(found) == warnings and all("round-1/reference-scores" in one for one in found)
 
 

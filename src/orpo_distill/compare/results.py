@@ -104,12 +104,17 @@ class Result:
             "run": str(self._folder.relative_to(root)),
         }
 
+    @cached_property
+    def _scores(self) -> dict[str, Metrics]:
+        """What each stage that scores given texts counted."""
+        names = [stage.name for stage in stages_of(self.cell) if stage.work.endswith(":score")]
+        return {name: read_manifest(self._folder / name).metrics for name in names}
+
     def _warnings(self) -> list[str]:
         """What the run's mechanisms warn of, by name, and which scores are of whole texts only."""
         if not self.cell.trains:
             return []
-        scores = [stage.name for stage in stages_of(self.cell) if stage.work.endswith(":score")]
-        said = whole_texts({name: read_manifest(self._folder / name).metrics for name in scores})
+        said = whole_texts(self._scores)
         path = self._folder / "mechanisms" / "mechanisms.json"
         found = json.loads(path.read_bytes())["warnings"] if path.exists() else []
         return [*([said] if said else []), *(str(warning) for warning in found)]
@@ -120,13 +125,12 @@ class Result:
             return {"steps": 0, "trained_tokens": 0, "sampled_tokens": 0, "scored_tokens": 0, "seconds": 0.0}
         times = json.loads((self._folder / "times.json").read_bytes())
         trained = training(self.cell).values()
-        sampled, scored, seconds = 0, 0, 0.0
+        scored = sum(counted["tokens"] for counted in self._scores.values())
+        sampled, seconds = 0, 0.0
         for stage in stages_of(self.cell):
             kind = stage.work.rpartition(":")[2]
             if kind == "sample":
                 sampled += _sampled(self._folder / stage.name, self.cell.config.pairs.traces)
-            elif kind == "score":
-                scored += read_manifest(self._folder / stage.name).metrics["tokens"]
             if kind not in ("problems", "evaluate", "report", "mechanisms"):
                 seconds += times.get(stage.name, 0.0)
         return {
@@ -246,19 +250,21 @@ def _edges(design: Design, searches: Sequence[Search]) -> Iterator[str]:
 
 def _equals(design: Design, searches: Sequence[Search]) -> Iterator[str]:
     """Methods with another learning rate within a standard error of the best: theirs is a choice among equals."""
-    for block in design.blocks if design.searches else ():
-        names = []
-        for best in (each for each in searches if each.block == block and each.chosen and each.n):
-            others = [each.correct or 0 for each in searches if (each.block, each.method) == (block, best.method)]
-            others.remove(right := best.correct or 0)
-            if others and right - max(others) <= sqrt(right * (1 - right / (best.n or 1))):
-                names.append(best.method)
-        if names:
+    for block in design.blocks:
+        here = [each for each in searches if each.block == block]
+        if names := [each.method for each in here if each.chosen and _has_equals(each, here)]:
             where = f" ({block.name})" if block.name else ""
             yield (
                 "Another learning rate was within a standard error of the best on validation for "
                 f"{', '.join(names)}{where}: other seeds may prefer it, and differences may be those of rates."
             )
+
+
+def _has_equals(best: Search, searches: Sequence[Search]) -> bool:
+    others = [each.correct or 0 for each in searches if each.method == best.method and not each.chosen]
+    if not others or best.correct is None or best.n is None:
+        return False
+    return best.correct - max(others) <= sqrt(best.correct * (1 - best.correct / best.n))
 
 
 def _contrasts(design: Design, results: Sequence[Result]) -> list[Row]:

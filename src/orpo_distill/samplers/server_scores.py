@@ -95,7 +95,7 @@ class ScoreAsking(Asking):
         logps = [logp for logp in numbers if logp <= MOST]  # NaN is not
         if len(told) != len(row) or len(logps) != len(row) - 1:
             words = f"log-probabilities of {len(logps)} of the {len(row) - 1} tokens behind the first"
-            if odd := [logp for logp in numbers if logp not in logps]:
+            if odd := [logp for logp in numbers if not logp <= MOST]:
                 words += f"; of one it says {odd[0]}"
             raise Declined({"message": words, "code": NOT_IMPLEMENTED}, usage, billed=usage is None)
         text = "".join(text for text, _ in told if isinstance(text, str))

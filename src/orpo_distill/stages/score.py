@@ -56,13 +56,15 @@ def score(options: ScoreOptions, inputs: Mapping[str, Path], out: Path) -> dict[
     Raises ModelError where a text's log-probability is not finite, DataError for pairs without trace ids.
     """
     before = list(read_jsonl(inputs["previous"] / SCORES, Score)) if "previous" in inputs else []
-    known = {(one.trace_id, one.prompt_id) for one in before}
+    known = _by_key(before)
     wanted = _wanted(read_jsonl(inputs["pairs"] / "pairs.jsonl", Pair), options.prefix)
     new = {key: response for key, response in wanted.items() if key not in known}
     partial = out / PARTIAL
     with JsonlAppender(partial) as appender:  # cuts off a torn line
-        standing = {(one.trace_id, one.prompt_id): one for one in read_jsonl(partial, Score)}
-        found = _score_missing(options, new, standing, appender, inputs, _finished(out)) if new else {}
+        standing = _by_key(read_jsonl(partial, Score))
+        finished = _by_key(read_jsonl(out / SCORES, Score)) if (out / SCORES).exists() else {}  # when it last ended
+        settled = standing.keys() & finished.keys()
+        found = _score_missing(options, new, standing, appender, inputs, settled) if new else {}
     scored = [standing[key] for key in new]
     write_jsonl(out / SCORES, [*before, *scored])
     tokens = sum(one.tokens for one in scored)
@@ -77,10 +79,8 @@ def score(options: ScoreOptions, inputs: Mapping[str, Path], out: Path) -> dict[
     }
 
 
-def _finished(out: Path) -> set[Key]:
-    """What was scored when the stage last finished."""
-    path = out / SCORES
-    return {(one.trace_id, one.prompt_id) for one in read_jsonl(path, Score)} if path.exists() else set()
+def _by_key(scores: Iterable[Score]) -> dict[Key, Score]:
+    return {(one.trace_id, one.prompt_id): one for one in scores}
 
 
 def _wanted(pairs: Iterable[Pair], prefix: str) -> dict[Key, Response]:
@@ -107,11 +107,11 @@ def _score_missing(
     standing: dict[Key, Score],
     appender: JsonlAppender,
     inputs: Mapping[str, Path],
-    finished: Set[Key],
+    settled: Set[Key],
 ) -> dict[str, Any]:
     """Have a score for every key in `standing`.
 
-    Batches are of what is not `finished`, so that a run that is resumed gives what an uninterrupted one gives. Returns
+    Batches are of what is not `settled`, so that a run that is resumed gives what an uninterrupted one gives. Returns
     whether the model reads the texts in the student's tokens, and how many tokens a server has been sent.
     """
     model = options.model or str(inputs["model"] / "model")
@@ -125,7 +125,7 @@ def _score_missing(
         )
     sent = sum(len(row.prompt) + len(row.chosen) for row in rows) if options.server else None
     metrics = {"same_tokens": same, "prompt_tokens": sent}
-    rows = [row for row in rows if not (keys[row.number] in standing and keys[row.number] in finished)]
+    rows = [row for row in rows if keys[row.number] not in settled]
     done = {row.number for row in rows if keys[row.number] in standing}
     if len(done) == len(rows):
         return metrics
